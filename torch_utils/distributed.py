@@ -1,0 +1,156 @@
+"""One interface for one process and for many: device choice, process group, ranks.
+
+A single process needs no process group: rank 0 of 1, and `barrier` returns at once. Under torchrun, or any launcher
+that sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, `init` joins the group. Importing this module
+starts nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_GROUP_DEFAULTS = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500', 'RANK': '0', 'LOCAL_RANK': '0'}
+
+
+def init(device: str | torch.device | None = None) -> torch.device:
+    """Select the device of this process and, if WORLD_SIZE > 1, join the process group.
+
+    The backend is nccl for CUDA (gloo on Windows, which has no nccl) and gloo otherwise. A group that exists already is
+    kept; one made here is destroyed when the interpreter exits.
+
+    Args:
+        device: as in `select_device`.
+
+    Returns:
+        The device that this process computes on.
+    """
+    selected = select_device(device)
+    if _env_int('WORLD_SIZE', 1) > 1 and not _has_group():
+        _join_group(selected)
+    return selected
+
+
+def select_device(name: str | torch.device | None = None) -> torch.device:
+    """The device to compute on: `name` if given, else the first available of cuda, mps, cpu.
+
+    'cuda' without an index means the GPU numbered LOCAL_RANK (0 if unset), and the chosen GPU becomes the current one.
+    mps is not chosen automatically for WORLD_SIZE > 1, because no backend exchanges mps tensors.
+
+    Raises:
+        ValueError: the name is unknown, or this machine lacks that device.
+    """
+    device = _parse_device(name) if name is not None else torch.device(_best_device_type())
+    if device.type == 'cuda':
+        return _select_cuda(device)
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError(
+            f'--device={device}: mps is not available here; use --device={_best_device_type()}, or leave it out'
+        )
+    return device
+
+
+def get_rank() -> int:
+    """The number of this process in the group, from 0; 0 without a group."""
+    return dist.get_rank() if _has_group() else 0
+
+
+def get_world_size() -> int:
+    """How many processes the group has; 1 without a group."""
+    return dist.get_world_size() if _has_group() else 1
+
+
+def barrier() -> None:
+    """Wait until every process of the group has come here; without a group, return at once."""
+    if _has_group():
+        dist.barrier()
+
+
+def should_stop() -> bool:
+    """Whether a long job should save and end early. Always False: a scheduler replaces this function."""
+    return False
+
+
+def update_progress(cur: int, total: int) -> None:
+    """Tell a job scheduler that `cur` of `total` units are done. Does nothing: a scheduler replaces this function."""
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """`print` on rank 0, nothing on the other ranks."""
+    if get_rank() == 0:
+        print(*args, **kwargs)
+
+
+# ----------------------------------------------------------------------------
+# Process group.
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _join_group(device: torch.device) -> None:
+    for key, default in _GROUP_DEFAULTS.items():
+        os.environ.setdefault(key, default)
+    if device.type == 'cuda' and os.name != 'nt':
+        # Bound to its GPU, nccl need not guess one in `barrier`, which it does with a warning.
+        dist.init_process_group(backend='nccl', init_method='env://', device_id=device)
+    else:
+        dist.init_process_group(backend='gloo', init_method='env://')
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if _has_group():
+        dist.destroy_process_group()
+
+
+def _env_int(key: str, default: int) -> int:
+    text = os.environ.get(key, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'environment variable {key} must be an integer, got {text!r}') from None
+
+
+# ----------------------------------------------------------------------------
+# Devices.
+
+
+def _best_device_type() -> str:
+    if torch.cuda.is_available():
+        return 'cuda'
+    if torch.backends.mps.is_available() and _env_int('WORLD_SIZE', 1) == 1:
+        return 'mps'
+    return 'cpu'
+
+
+def _parse_device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f"--device must be 'cuda', 'cuda:N', 'mps' or 'cpu', got {str(name)!r}")
+    return device
+
+
+def _select_cuda(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f'--device={device}: PyTorch {torch.__version__} sees no CUDA device; '
+            f'use --device={_best_device_type()}, or leave it out'
+        )
+    index = device.index if device.index is not None else _env_int('LOCAL_RANK', 0)
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(
+            f'--device={device}: asked for GPU {index}, but PyTorch sees {count} (numbered from 0); '
+            f'start at most {count} processes per node, or use --device=cpu'
+        )
+    torch.cuda.set_device(index)
+    return torch.device('cuda', index)
