@@ -1,0 +1,287 @@
+"""Reading datasets: a zip or folder of images, with labels in `dataset.json`, as dataset_tool.py writes them."""
+
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+import dnnlib
+
+try:
+    import pyspng
+except ImportError:
+    pyspng = None
+
+# What zipfile and Pillow raise on damaged bytes: they have no common base class.
+DAMAGED = (
+    *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error),
+    *(zipfile.BadZipFile, PIL.Image.DecompressionBombError),
+)
+
+
+class Dataset(torch.utils.data.Dataset):
+    """Images with labels; an item is (uint8 image [C,H,W], float32 label [label_dim]).
+
+    A subclass hands its shape to this constructor and provides two methods over the raw images 0…N−1:
+    `_read_image(raw_idx)` → uint8 [C,H,W], and `_read_labels()` → int64 [N] (classes), float32 [N,K] (vectors) or None.
+    What the user sees of them is decided here: the subset, the mirrored copies and the form of the labels.
+
+    name         short name, goes into the names of training runs
+    raw_shape    [N,C,H,W] of the raw images
+    max_size     keep a random subset of this many raw images, in their order; None: all
+    use_labels   False: labels have length 0
+    xflip        append a copy of every image, mirrored left to right
+    random_seed  chooses the subset
+    cache        keep decoded images in memory, in each process
+    """
+
+    def __init__(
+        self,
+        name: str,
+        raw_shape: Sequence[int],
+        max_size: int | None = None,
+        use_labels: bool = False,
+        xflip: bool = False,
+        random_seed: int = 0,
+        cache: bool = False,
+    ):
+        super().__init__()
+        self._name = name
+        self._raw_shape = [int(n) for n in raw_shape]
+        self._use_labels = use_labels
+        self._labels: np.ndarray | None = None
+        self._images: dict[int, np.ndarray] | None = {} if cache else None
+        kept = _subset(self._raw_shape[0], max_size, random_seed)
+        self._raw_idx = np.tile(kept, 2) if xflip else kept
+        self._xflip = np.arange(len(self._raw_idx)) >= len(kept)
+
+    def _read_image(self, raw_idx: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def _read_labels(self) -> np.ndarray | None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What goes to worker processes: they fill caches of their own.
+        return {**self.__dict__, '_labels': None, '_images': None if self._images is None else {}}
+
+    def __len__(self) -> int:
+        return len(self._raw_idx)
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        image = self._image(int(self._raw_idx[idx]))
+        return (image[:, :, ::-1] if self._xflip[idx] else image).copy(), self.get_label(idx)
+
+    def get_label(self, idx: int) -> np.ndarray:
+        """Label of one item, float32 [label_dim]: one-hot for a class, else the vector itself (length 0: no labels)."""
+        raw_label = self._raw_labels[self._raw_idx[idx]]
+        if not self.has_onehot_labels:
+            return raw_label.copy()
+        onehot = np.zeros(self.label_shape, dtype=np.float32)
+        onehot[raw_label] = 1
+        return onehot
+
+    def get_details(self, idx: int) -> dnnlib.EasyDict:
+        """Where one item comes from: `raw_idx`, `xflip` (is it mirrored?) and `raw_label` (class number or vector)."""
+        raw_idx = int(self._raw_idx[idx])
+        raw_label = self._raw_labels[raw_idx].copy()
+        return dnnlib.EasyDict(raw_idx=raw_idx, xflip=bool(self._xflip[idx]), raw_label=raw_label)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def image_shape(self) -> list[int]:
+        """[C,H,W]"""
+        return self._raw_shape[1:]
+
+    @property
+    def num_channels(self) -> int:
+        return self.image_shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images, which must be square."""
+        _, height, width = self.image_shape
+        assert height == width, f'{self._name}: images are {width}x{height}, not square'
+        return height
+
+    @property
+    def label_shape(self) -> list[int]:
+        """[largest class + 1], [length of the vectors], or [0] without labels; the same for every subset."""
+        return [int(self._raw_labels.max()) + 1] if self.has_onehot_labels else list(self._raw_labels.shape[1:])
+
+    @property
+    def label_dim(self) -> int:
+        (dim,) = self.label_shape
+        return dim
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_dim > 0
+
+    @property
+    def has_onehot_labels(self) -> bool:
+        return self._raw_labels.dtype == np.int64
+
+    @property
+    def _raw_labels(self) -> np.ndarray:
+        if self._labels is None:
+            labels = self._read_labels() if self._use_labels else None
+            self._labels = np.zeros([self._raw_shape[0], 0], dtype=np.float32) if labels is None else labels
+        return self._labels
+
+    def _image(self, raw_idx: int) -> np.ndarray:
+        if self._images is None:
+            return self._read_image(raw_idx)
+        if raw_idx not in self._images:
+            self._images[raw_idx] = self._read_image(raw_idx)
+        return self._images[raw_idx]
+
+
+class ImageFolderDataset(Dataset):
+    """The images of a folder (with its subfolders) or zip archive, in the order of their names.
+
+    path         folder or .zip; labels come from `dataset.json` at its root, where there is one
+    resolution   insist on this side length; None: whatever the first image has
+    use_pyspng   decode PNG with pyspng where it is installed (the same pixels, faster)
+    base         see `Dataset`
+
+    Raises IOError for a path that is no dataset, a damaged or deviating image, or bad labels.
+    """
+
+    def __init__(self, path: str | os.PathLike, resolution: int | None = None, use_pyspng: bool = True, **base: Any):
+        self._use_pyspng = use_pyspng
+        self._files = FileTree(path)
+        self._image_names = self._files.image_names()
+        shape = self._decode(self._image_names[0]).shape
+        if resolution is not None and shape[1:] != (resolution, resolution):
+            raise OSError(f'{path}: images are {shape[2]}x{shape[1]}, not {resolution}x{resolution}')
+        name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+        super().__init__(name, [len(self._image_names), *shape], **base)
+
+    def _read_image(self, raw_idx: int) -> np.ndarray:
+        name = self._image_names[raw_idx]
+        image = self._decode(name)
+        if list(image.shape) != self.image_shape:
+            raise OSError(
+                f'{self._files.path}: {name} has shape {list(image.shape)}, the first image {self.image_shape}'
+            )
+        return image
+
+    def _read_labels(self) -> np.ndarray | None:
+        labels = self._files.labels()
+        if labels is None:
+            return None
+        missing = next((name for name in self._image_names if name not in labels), None)
+        if missing is not None:
+            raise OSError(f'{self._files.path}: dataset.json has no label for {missing}')
+        return _label_array([labels[name] for name in self._image_names])
+
+    def _decode(self, name: str) -> np.ndarray:
+        """One image file as uint8 [C,H,W]."""
+        try:
+            data = self._files.read(name)
+            fast = self._use_pyspng and pyspng is not None and name.lower().endswith('.png')
+            image = pyspng.load(data) if fast else _decode_with_pillow(data)
+        except DAMAGED as err:
+            raise OSError(f'{self._files.path}: cannot read {name}: {err}') from err
+        if image.dtype != np.uint8:
+            raise OSError(f'{self._files.path}: {name} has {image.dtype} pixels, not uint8')
+        return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+class FileTree:
+    """The files of a folder or zip archive, by their paths relative to its root, with '/'. Can be pickled and forked.
+
+    Raises IOError for a path that is neither; for the rest see the methods.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._zip: zipfile.ZipFile | None = None
+        self._zip_pid = 0
+        self._is_zip = self.path.lower().endswith('.zip') and os.path.isfile(self.path)
+        if not self._is_zip and not os.path.isdir(self.path):
+            raise OSError(f'{self.path}: no such folder or .zip file')
+        self.names = set(self._open_zip().namelist() if self._is_zip else _walk(self.path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_zip': None}
+
+    def read(self, name: str) -> bytes:
+        """Content of one file; raises one of `DAMAGED`."""
+        if self._is_zip:
+            return self._open_zip().read(name)
+        with open(os.path.join(self.path, name), 'rb') as f:
+            return f.read()
+
+    def image_names(self) -> list[str]:
+        """The files that Pillow knows by their extension, sorted; IOError if there are none."""
+        PIL.Image.init()  # fills EXTENSION
+        images = sorted(n for n in self.names if os.path.splitext(n)[1].lower() in PIL.Image.EXTENSION)
+        if not images:
+            raise OSError(f'{self.path}: no images found')
+        return images
+
+    def labels(self) -> dict[str, int | list[float]] | None:
+        """{file: label} from dataset.json; None without that file or with null labels; IOError if they are bad."""
+        if 'dataset.json' not in self.names:
+            return None
+        try:
+            labels = json.loads(self.read('dataset.json'))['labels']
+            if labels is None:
+                return None
+            labels = dict(labels)
+            _label_array(list(labels.values()))
+        except (*DAMAGED, KeyError, TypeError) as err:
+            raise OSError(f'{self.path}: bad labels in dataset.json: {err}') from err
+        return labels
+
+    def _open_zip(self) -> zipfile.ZipFile:
+        # A forked process shares the file position with its parent, so each process opens its own handle.
+        if self._zip is None or self._zip_pid != os.getpid():
+            try:
+                self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
+            except zipfile.BadZipFile as err:
+                raise OSError(f'{self.path}: not a zip archive: {err}') from err
+        return self._zip
+
+
+def _walk(root: str) -> list[str]:
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return [os.path.relpath(file, root).replace(os.sep, '/') for file in found]
+
+
+def _subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:
+    """Indices of the raw images to keep, ascending; chosen as EDM does, so the same seed gives the same subset."""
+    indices = np.arange(num_raw, dtype=np.int64)
+    if max_size is None or max_size >= num_raw:
+        return indices
+    np.random.RandomState(seed % 2**31).shuffle(indices)
+    return np.sort(indices[:max_size])
+
+
+def _label_array(labels: list[Any]) -> np.ndarray:
+    """Class numbers as int64 [N], lists of numbers as float32 [N,K]; ValueError for anything else."""
+    array = np.array(labels, dtype=np.float64)
+    if array.ndim == 2:
+        return array.astype(np.float32)
+    if array.ndim != 1 or not ((array >= 0) & (array < 2**31) & (array == np.round(array))).all():
+        raise ValueError('labels are class numbers 0, 1, 2, … or lists of numbers, all of one length')
+    return array.astype(np.int64)
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        # A palette image holds indices into its palette, which would pass for gray levels.
+        return np.array(image.convert('RGB') if image.mode == 'P' else image)
