@@ -36,13 +36,16 @@ def persistent_class(orig_class: type) -> type:
     """
     if is_persistent(orig_class):
         return orig_class
-    source = _source_text(sys.modules[orig_class.__module__])
+    module = sys.modules[orig_class.__module__]
+    source = _source_text(module)
 
-    class Persistent(orig_class):  # type: ignore[misc, valid-type]
+    class Persistent(orig_class):
         _orig_module_src = source
         _orig_class_name = orig_class.__name__
 
         def __init__(self, *args, **kwargs):
+            if not hasattr(module, orig_class.__name__):  # fail here, not when someone reads the pickle
+                raise TypeError(f'{orig_class.__qualname__} must be defined at the top level of {module.__name__}')
             super().__init__(*args, **kwargs)
             record = getattr(self, '_record_init_args', True)
             self._init_args = copy.deepcopy(args) if record else None
@@ -97,7 +100,11 @@ def module_from_source(source: str) -> types.ModuleType:
         module = types.ModuleType(f'_imported_module_{uuid.uuid4().hex}')
         sys.modules[module.__name__] = module
         _register(module, source)
-        exec(source, module.__dict__)
+        try:
+            exec(source, module.__dict__)
+        except BaseException:  # forget the half-made module, so that the next attempt starts afresh
+            del sys.modules[module.__name__], _module_of_source[source], _source_of_module[module]
+            raise
     return module
 
 
@@ -114,7 +121,7 @@ def _reconstruct_persistent_obj(meta: dict) -> Any:
             f"this code reads type 'class', version {FORMAT_VERSION}"
         )
     cls = persistent_class(getattr(module_from_source(meta.module_src), meta.class_name))
-    obj = cls.__new__(cls)
+    obj: Any = cls.__new__(cls)  # type: ignore[call-overload]
     if hasattr(obj, '__setstate__'):
         obj.__setstate__(meta.state)
     else:
