@@ -252,14 +252,11 @@ class Denoiser:
 
     def jvp(self, x, sigma, dx, dsigma):
         """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation."""
-        primals, tangents = [self._cast(x)], [self._cast(dx)]
-        if dsigma == 0:
-            fixed_sigma = self._cast(sigma, x)
-            D, dD = torch.func.jvp(lambda v: self._call(v, fixed_sigma), tuple(primals), tuple(tangents))
+        at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
+        if dsigma == 0:  # a network need not be differentiable in σ
+            D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
         else:
-            primals.append(self._cast(sigma, x))
-            tangents.append(self._cast(dsigma, x))
-            D, dD = torch.func.jvp(self._call, tuple(primals), tuple(tangents))
+            D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
         return D.to(x.dtype), dD.to(x.dtype)
 
     def _call(self, x, sigma):
