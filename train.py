@@ -7,11 +7,9 @@ The command line becomes a plain config (`training_options.json`), the config be
 import json
 import os
 import re
-import sys
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 import dnnlib
@@ -159,6 +157,7 @@ fraction = click.FloatRange(min=0, max=1)
 at_least_one = click.IntRange(min=1)
 
 
+# fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 # Main options.
 @click.option('--outdir',        help='Where to save the results', metavar='DIR', required=True)
@@ -240,12 +239,16 @@ def main(**kwargs):
     except ValueError as err:
         raise click.ClickException(str(err)) from None
 
+# fmt: on
+
 
 def _open_dataset(opts: dnnlib.EasyDict) -> Any:
     """The dataset, opened once before the run to fail early and to know its size."""
     name = 'training.dataset.ImageFolderDataset'
     try:
-        dataset = dnnlib.util.construct_class_by_name(class_name=name, path=opts.data, use_labels=opts.cond, xflip=opts.xflip)
+        dataset = dnnlib.util.construct_class_by_name(
+            class_name=name, path=opts.data, use_labels=opts.cond, xflip=opts.xflip
+        )
         if opts.cond and not dataset.has_labels:
             raise click.ClickException(f'--cond=1 needs labels, and {opts.data} has none in its dataset.json')
     except OSError as err:
@@ -270,12 +273,16 @@ def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]
     return {**config, 'data_loader_kwargs': loader}
 
 
-def _print_config(config: dict[str, Any], opts: dnnlib.EasyDict, dataset: Any, run_dir: str, device: torch.device) -> None:
+def _print_config(
+    config: dict[str, Any], opts: dnnlib.EasyDict, dataset: Any, run_dir: str, device: torch.device
+) -> None:
     dist.print0('\nTraining config:')
     dist.print0(json.dumps(config, indent=2))
     dist.print0(f'\nOutput directory:        {run_dir}')
     dist.print0(f'Dataset path:            {opts.data}')
-    dist.print0(f'Dataset:                 {len(dataset)} images, {dataset.num_channels}x{dataset.resolution}x{dataset.resolution}')
+    dist.print0(
+        f'Dataset:                 {len(dataset)} images, {dataset.num_channels}x{dataset.resolution}x{dataset.resolution}'
+    )
     dist.print0(f'Class-conditional:       {opts.cond}')
     dist.print0(f'Network architecture:    {opts.arch}')
     dist.print0(f'Preconditioning & loss:  {opts.precond}')

@@ -120,7 +120,13 @@ def noisy_network(class_name, **kwargs):
 
 
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
-ADM = {'model_type': 'DhariwalUNet', 'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': [8]}
+ADM = {
+    'model_type': 'DhariwalUNet',
+    'model_channels': 64,
+    'channel_mult': [1],
+    'num_blocks': 1,
+    'attn_resolutions': [8],
+}
 SKIPS = SONG | {'encoder_type': 'skip', 'decoder_type': 'skip', 'resample_filter': [1, 3, 3, 1]}
 
 

@@ -12,10 +12,7 @@ from torch_utils import persistence
 
 
 class Loss:
-    """What the three losses share; a subclass draws σ and says how it is weighted."""
-
-    def draw_sigma(self, shape, device):
-        raise NotImplementedError
+    """What the three losses share; a subclass has `draw_sigma(shape, device)`, and its own weight if not 1/σ²."""
 
     def weight(self, sigma):
         return 1 / sigma**2

@@ -26,7 +26,9 @@ def weight_init(shape, mode, fan_in, fan_out):
     """
     family, _, law = mode.partition('_')
     if family not in ('xavier', 'kaiming') or law not in ('uniform', 'normal'):
-        raise ValueError(f'init mode {mode!r} is not one of xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal')
+        raise ValueError(
+            f'init mode {mode!r} is none of xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal'
+        )
     variance = 2 / (fan_in + fan_out) if family == 'xavier' else 1 / fan_in
     if law == 'uniform':
         return math.sqrt(3 * variance) * (2 * torch.rand(*shape) - 1)
@@ -37,9 +39,7 @@ def weight_init(shape, mode, fan_in, fan_out):
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b, in x's dtype."""
 
-    def __init__(
-        self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0
-    ):
+    def __init__(self, in_features, out_features, bias=True, init_mode='kaiming_normal', init_weight=1, init_bias=0):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         fans = {'mode': init_mode, 'fan_in': in_features, 'fan_out': out_features}
@@ -118,13 +118,12 @@ class GroupNorm(torch.nn.Module):
         super().__init__()
         if num_channels < min_channels_per_group:
             raise ValueError(f'{num_channels} channels are too few for groups of {min_channels_per_group}')
-        self.num_groups = min(num_groups, num_channels // min_channels_per_group)
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(num_channels))
-        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+        self.weight, self.bias = (torch.nn.Parameter(torch.full([num_channels], value)) for value in (1.0, 0.0))
+        self.num_groups, self.eps = min(num_groups, num_channels // min_channels_per_group), eps
 
     def forward(self, x):
-        return group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class AttentionOp:
@@ -506,8 +505,8 @@ class Precond(torch.nn.Module):
         self.model = globals()[model_type](**shape, label_dim=label_dim, **model_kwargs)
 
     def coefficients(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) for sigma: [N or 1, 1, 1, 1]."""
-        raise NotImplementedError
+        """(c_skip, c_out, c_in, c_noise) for sigma: [N or 1, 1, 1, 1]; each subclass has its own."""
+        raise TypeError(f'{type(self).__name__} does not say what its coefficients are')
 
     def round_sigma(self, sigma):
         """The noise level nearest to `sigma` that the network knows: any, unless a subclass says otherwise."""
@@ -536,7 +535,10 @@ class Precond(torch.nn.Module):
 
 @persistence.persistent_class
 class VPPrecond(Precond):
-    """Variance-preserving: c_skip 1, c_out −σ, c_in 1/√(σ²+1), c_noise (M−1) t(σ), σ(t)² = exp(½β_d t² + β_min t) − 1."""
+    """Variance-preserving: c_skip 1, c_out −σ, c_in 1/√(σ²+1), c_noise (M−1) t(σ).
+
+    t(σ) is the inverse of σ(t) = √(exp(½β_d t² + β_min t) − 1).
+    """
 
     def __init__(
         self,

@@ -23,12 +23,12 @@ from torch_utils import misc, network_io, training_stats
 
 
 def training_loop(
-    run_dir: str = '.',
-    dataset_kwargs: dict[str, Any] | None = None,
-    data_loader_kwargs: dict[str, Any] | None = None,
-    network_kwargs: dict[str, Any] | None = None,
-    loss_kwargs: dict[str, Any] | None = None,
-    optimizer_kwargs: dict[str, Any] | None = None,
+    run_dir: str,
+    dataset_kwargs: dict[str, Any],
+    data_loader_kwargs: dict[str, Any],
+    network_kwargs: dict[str, Any],
+    loss_kwargs: dict[str, Any],
+    optimizer_kwargs: dict[str, Any],
     augment_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 512,
@@ -93,7 +93,7 @@ def training_loop(
         dist.print0(f'Loading training state from {resume_state_dump}...')
         run.load(resume_state_dump, device)
 
-    batches = _endless_batches(dataset, batch_round, seed, run.cur_nimg, data_loader_kwargs or {}, device)
+    batches = _endless_batches(dataset, batch_round, seed, run.cur_nimg, data_loader_kwargs, device)
     ddp = _distribute(net, device)
     snapshot = {'loss_fn': loss_fn, 'augment_pipe': augment_pipe, 'dataset_kwargs': dict(dataset_kwargs)}
     reporter = _Reporter(run_dir, total_kimg, device)
@@ -107,7 +107,9 @@ def training_loop(
     dist.print0(f'Training for {total_kimg} kimg...\n')
     while True:
         ramp = min(run.cur_nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
-        _gradient_step(run.optimizer, ddp, objective, [next(batches) for _ in range(rounds)], optimizer_kwargs['lr'] * ramp)
+        _gradient_step(
+            run.optimizer, ddp, objective, [next(batches) for _ in range(rounds)], optimizer_kwargs['lr'] * ramp
+        )
         run.update_ema(batch_size, ema_halflife_kimg, ema_rampup_ratio)
         run.cur_nimg += batch_size
         done = run.cur_nimg >= total_kimg * 1000 or dist.should_stop()
@@ -159,8 +161,8 @@ class Run:
         if rampup_ratio is not None:
             halflife_nimg = min(halflife_nimg, self.cur_nimg * rampup_ratio)
         beta = 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
-        averages, weights = list(self.ema.parameters()), list(self.net.parameters())
-        torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - beta)
+        averages: list[torch.Tensor] = list(self.ema.parameters())
+        torch._foreach_lerp_(averages, [weight.detach() for weight in self.net.parameters()], 1 - beta)
 
     def save(self, path: str) -> None:
         """Write the state, with the random number generators of all ranks; to be called on every rank."""
@@ -209,7 +211,7 @@ def _save_snapshot(path: str, ema: torch.nn.Module, **data: Any) -> None:
     """Pickle `ema` (on the CPU) together with `data`; the file appears whole or not at all."""
     data = {'ema': copy.deepcopy(ema).cpu(), **data}
     with dnnlib.util.atomic_write(path) as file:
-        pickle.dump(data, file)
+        pickle.dump(data, file, protocol=4)
 
 
 # ----------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(np.random.randint(2**31))
 
 
-def _print_summary(net: torch.nn.Module, batch: int, device: torch.device) -> None:
+def _print_summary(net: Any, batch: int, device: torch.device) -> None:
     images = torch.zeros([batch, net.img_channels, net.img_resolution, net.img_resolution], device=device)
     sigma, labels = torch.ones([batch], device=device), torch.zeros([batch, net.label_dim], device=device)
     with torch.no_grad():
@@ -245,8 +247,8 @@ def _endless_batches(
     dataset: Any, batch: int, seed: int, start_idx: int, loader_kwargs: dict[str, Any], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images in [−1, 1], labels) of this rank, on `device`, from position `start_idx` of the shuffled stream on."""
-    ranks = {'rank': dist.get_rank(), 'num_replicas': dist.get_world_size()}
-    sampler = misc.InfiniteSampler(dataset, **ranks, seed=seed, start_idx=start_idx)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sampler = misc.InfiniteSampler(dataset, rank=rank, num_replicas=world, seed=seed, start_idx=start_idx)
     # A generator of its own: starting the loader draws a number, and must not shift the stream that training uses.
     own_rng = torch.Generator().manual_seed(seed)
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=sampler, generator=own_rng, **loader_kwargs)
