@@ -4,6 +4,7 @@
 holds) and repeats: `_gradient_step`, and at each tick `_Reporter` lines, snapshots and state dumps.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -75,41 +76,33 @@ def training_loop(
     dist.print0('Loading dataset...')
     dataset = dnnlib.util.construct_class_by_name(**dataset_kwargs)
     dist.print0('Constructing network...')
-    shape = {'img_resolution': dataset.resolution, 'img_channels': dataset.num_channels}
-    net = dnnlib.util.construct_class_by_name(**network_kwargs, **shape, label_dim=dataset.label_dim)
-    net.train().requires_grad_(True).to(device)
+    run = _make_run(network_kwargs, optimizer_kwargs, dataset, device)
     if dist.get_rank() == 0:
-        _print_summary(net, batch_round, device)
+        _print_summary(run.net, batch_round, device)
     loss_fn = dnnlib.util.construct_class_by_name(**loss_kwargs)
     augment_pipe = dnnlib.util.construct_class_by_name(**augment_kwargs) if augment_kwargs else None
-    optimizer = dnnlib.util.construct_class_by_name(params=net.parameters(), **optimizer_kwargs)
-    run = Run(net=net, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer)
     if resume_pkl is not None:
         dist.print0(f'Loading network weights from {resume_pkl}...')
-        source = network_io.load_network(resume_pkl)
-        for target in (run.net, run.ema):
-            misc.copy_params_and_buffers(source, target)
+        run.transfer(resume_pkl)
     if resume_state_dump is not None:
         dist.print0(f'Loading training state from {resume_state_dump}...')
         run.load(resume_state_dump, device)
 
     batches = _endless_batches(dataset, batch_round, seed, run.cur_nimg, data_loader_kwargs, device)
-    ddp = _distribute(net, device)
+    ddp = _distribute(run.net, device)
     snapshot = {'loss_fn': loss_fn, 'augment_pipe': augment_pipe, 'dataset_kwargs': dict(dataset_kwargs)}
     reporter = _Reporter(run_dir, total_kimg, device)
 
     def objective(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             loss = loss_fn(ddp, images, labels, augment_pipe)
         training_stats.report('Loss/loss', loss)
         return loss.sum() * (loss_scaling / (batch_round * rounds))
 
     dist.print0(f'Training for {total_kimg} kimg...\n')
     while True:
-        ramp = min(run.cur_nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
-        _gradient_step(
-            run.optimizer, ddp, objective, [next(batches) for _ in range(rounds)], optimizer_kwargs['lr'] * ramp
-        )
+        lr = optimizer_kwargs['lr'] * min(run.cur_nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
+        _gradient_step(run.optimizer, ddp, objective, [next(batches) for _ in range(rounds)], lr)
         run.update_ema(batch_size, ema_halflife_kimg, ema_rampup_ratio)
         run.cur_nimg += batch_size
         done = run.cur_nimg >= total_kimg * 1000 or dist.should_stop()
@@ -163,6 +156,12 @@ class Run:
         beta = 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
         averages: list[torch.Tensor] = list(self.ema.parameters())
         torch._foreach_lerp_(averages, [weight.detach() for weight in self.net.parameters()], 1 - beta)
+
+    def transfer(self, network_pkl: str) -> None:
+        """Copy the weights of a network file into net and EMA, name by name."""
+        source = network_io.load_network(network_pkl)
+        for target in (self.net, self.ema):
+            misc.copy_params_and_buffers(source, target)
 
     def save(self, path: str) -> None:
         """Write the state, with the random number generators of all ranks; to be called on every rank."""
@@ -234,6 +233,16 @@ def _split_batch(batch_size: int, batch_gpu: int | None) -> tuple[int, int]:
 def _seed_everything(seed: int) -> None:
     np.random.seed((seed * dist.get_world_size() + dist.get_rank()) % 2**31)
     torch.manual_seed(np.random.randint(2**31))
+
+
+def _make_run(
+    network_kwargs: dict[str, Any], optimizer_kwargs: dict[str, Any], dataset: Any, device: torch.device
+) -> Run:
+    shape = {'img_resolution': dataset.resolution, 'img_channels': dataset.num_channels}
+    net = dnnlib.util.construct_class_by_name(**network_kwargs, **shape, label_dim=dataset.label_dim)
+    net.train().requires_grad_(True).to(device)
+    optimizer = dnnlib.util.construct_class_by_name(params=net.parameters(), **optimizer_kwargs)
+    return Run(net=net, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer)
 
 
 def _print_summary(net: Any, batch: int, device: torch.device) -> None:

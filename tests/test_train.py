@@ -1,0 +1,238 @@
+"""train.py and the training loop on real digits: options, files of a run, exact resume."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import dataset_tool
+import dnnlib
+import train
+from torch_utils import network_io
+from training import training_loop
+
+ROOT = pathlib.Path(train.__file__).parent
+NETWORK = ['--cbase=8', '--cres=1,1', '--num-blocks=1']
+SMALL = [*NETWORK, '--batch=32', '--augment=0', '--workers=0', '--tick=1', '--seed=1', '--device=cpu']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data') / 'digits.zip'
+    run = CliRunner().invoke(dataset_tool.main, ['--source=mnist-5k', f'--dest={path}', '--max-images=40'])
+    assert run.exit_code == 0, run.output
+    return path
+
+
+def train_command(data, outdir, *options):
+    return [sys.executable, str(ROOT / 'train.py'), f'--outdir={outdir}', f'--data={data}', *SMALL, *options]
+
+
+def run_training(data, outdir, *options):
+    run = subprocess.run(train_command(data, outdir, '--nosubdir', *options), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def dry_run(data, *options):
+    run = CliRunner().invoke(train.main, ['--outdir=nowhere', f'--data={data}', '--dry-run', *options])
+    assert run.exit_code == 0, run.output
+    text = run.output.split('Training config:\n')[1]
+    config, _ = json.JSONDecoder().raw_decode(text)
+    return config, run.output
+
+
+def test_default_config_is_that_of_edm(data):
+    config, _ = dry_run(data, '--cond=1', '--seed=7')
+    assert config['network_kwargs'] == {
+        'model_type': 'SongUNet',
+        'embedding_type': 'positional',
+        'encoder_type': 'standard',
+        'decoder_type': 'standard',
+        'channel_mult_noise': 1,
+        'resample_filter': [1, 1],
+        'model_channels': 128,
+        'channel_mult': [2, 2, 2],
+        'class_name': 'training.networks.EDMPrecond',
+        'augment_dim': 9,
+        'dropout': 0.13,
+        'use_fp16': False,
+    }
+    assert config['augment_kwargs']['p'] == 0.12
+    assert config['optimizer_kwargs'] == {
+        'class_name': 'torch.optim.Adam',
+        'lr': 1e-3,
+        'betas': [0.9, 0.999],
+        'eps': 1e-8,
+    }
+    expected = {'total_kimg': 200_000, 'ema_halflife_kimg': 500, 'batch_size': 512, 'seed': 7, 'kimg_per_tick': 50}
+    assert {key: config[key] for key in expected} == expected
+    assert config['dataset_kwargs']['resolution'] == 32
+    assert config['dataset_kwargs']['max_size'] == 40
+
+
+@pytest.mark.parametrize(
+    ('options', 'name'),
+    [
+        ([], '00000-digits-uncond-ddpmpp-edm-gpus1-batch512-fp32'),
+        (['--cond=1', '--batch=64', '--desc=try'], '00000-digits-cond-ddpmpp-edm-gpus1-batch64-fp32-try'),
+        (['--arch=adm', '--precond=vp', '--fp16=1'], '00000-digits-uncond-adm-vp-gpus1-batch512-fp16'),
+    ],
+)
+def test_run_directory_name(data, options, name):
+    _, output = dry_run(data, *options)
+    assert f'nowhere/{name}\n' in output
+    assert not pathlib.Path('nowhere').exists()
+
+
+def test_run_directories_are_numbered_on(tmp_path):
+    for name in ('00000-a', '00012-b', 'notes'):
+        (tmp_path / name).mkdir()
+    opts = dnnlib.EasyDict(outdir=str(tmp_path), fp16=False, bf16=True, cond=False, arch='adm', precond='ve', batch=32)
+    opts.desc = None
+    assert pathlib.Path(train.run_dir_name(opts, 'x')).name == '00013-x-uncond-adm-ve-gpus1-batch32-bf16'
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--data=missing.zip'], 'missing.zip'),
+        (['--batch=32', '--batch-gpu=3'], 'does not split evenly'),
+        (['--resume=missing.pt'], '--resume=missing.pt'),
+        (['--resume=x.pt', '--transfer=y.pkl'], 'exclude each other'),
+        (['--cres=1,b'], '1,2,2,2'),
+        (['--device=tpu'], '--device'),
+    ],
+)
+def test_bad_input_gets_one_line(data, tmp_path, options, message):
+    run = CliRunner().invoke(train.main, [f'--outdir={tmp_path}/out', f'--data={data}', *SMALL, *options])
+    assert run.exit_code != 0
+    assert message in run.output
+    assert 'Traceback' not in run.output
+
+
+def test_labels_are_asked_for_in_vain(tmp_path):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for i in range(2):
+        training_png(folder / f'{i}.png')
+    run = CliRunner().invoke(train.main, [f'--outdir={tmp_path}/out', f'--data={folder}', '--cond=1', '--dry-run'])
+    assert run.exit_code != 0
+    assert '--cond=1 needs labels' in run.output
+
+
+def training_png(path):
+    import PIL.Image
+
+    PIL.Image.fromarray(np.zeros([8, 8], dtype=np.uint8)).save(path)
+
+
+def test_files_of_a_run(data, tmp_path):
+    output = run_training(data, tmp_path, '--cond=1', '--duration=0.002', '--snap=1', '--dump=1', '--precond=vp')
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'training_options.json',
+        'log.txt',
+        'stats.jsonl',
+        'network-snapshot-000000.pkl',
+        'network-snapshot-000001.pkl',
+        'network-snapshot-000002.pkl',
+        'training-state-000001.pt',
+        'training-state-000002.pt',
+    }
+    assert json.loads((tmp_path / 'training_options.json').read_text())['run_dir'] == str(tmp_path)
+    assert 'tick 2     kimg 2.0 ' in (tmp_path / 'log.txt').read_text()
+    assert 'tick 2     kimg 2.0 ' in output
+    rows = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    assert list(rows[0]) == [
+        'Loss/loss',
+        'Progress/tick',
+        'Progress/kimg',
+        'Timing/total_sec',
+        'Timing/sec_per_tick',
+        'Timing/sec_per_kimg',
+        'Timing/maintenance_sec',
+        'Resources/cpu_mem_gb',
+        'Resources/peak_gpu_mem_gb',
+        'Resources/peak_gpu_mem_reserved_gb',
+        'timestamp',
+    ]
+    assert rows[0]['Loss/loss']['num'] == 32 * 32 * 32
+    assert rows[2]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
+    net = network_io.load_network(str(tmp_path / 'network-snapshot-000002.pkl'))
+    assert type(net).__name__ == 'VPPrecond'
+    assert (net.label_dim, net.img_resolution, net.img_channels) == (10, 32, 1)
+    state = torch.load(tmp_path / 'training-state-000002.pt', weights_only=True)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in state['ema'].items())
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path):
+    """Weights bit for bit, with dropout, shuffling, augmentation and Adam's moments in play."""
+    options = ['--cond=1', '--duration=0.006', '--dump=1', '--augment=0.5', '--dropout=0.3', '--lr-rampup=0.001']
+    whole, halves = tmp_path / 'whole', tmp_path / 'halves'
+    run_training(data, whole, *options)
+    killed = subprocess.Popen(train_command(data, halves, '--nosubdir', *options), stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(halves.glob('training-state-*.pt')) and time.time() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (halves / 'training-state-000006.pt').exists()
+    assert not list(halves.glob('network-snapshot-000006.pkl'))
+    run_training(data, halves, *options, f'--resume={halves}')
+    first, second = (torch.load(run / 'training-state-000006.pt', weights_only=True) for run in (whole, halves))
+    for part in ('net', 'ema'):
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+    assert torch.equal(first['rng'][0]['cpu'], second['rng'][0]['cpu'])
+    assert first['cur_tick'] == second['cur_tick']
+    for index, moments in first['optimizer']['state'].items():
+        assert torch.equal(moments['exp_avg_sq'], second['optimizer']['state'][index]['exp_avg_sq'])
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch(data, tmp_path):
+    """No randomness but σ and n: two rounds of 16 see the same images as one of 32, so the loss statistics agree."""
+    for name, options in [('one', []), ('two', ['--batch-gpu=16'])]:
+        run_training(data, tmp_path / name, '--duration=0.001', '--dropout=0', *options)
+    nums = [
+        json.loads((tmp_path / name / 'stats.jsonl').read_text().splitlines()[-1])['Loss/loss']['num']
+        for name in ('one', 'two')
+    ]
+    assert nums[0] == nums[1]
+
+
+def test_transfer_starts_from_the_weights_of_a_network(data, tmp_path):
+    run_training(data, tmp_path / 'first', '--duration=0.001')
+    source = tmp_path / 'first' / 'network-snapshot-000001.pkl'
+    run_training(data, tmp_path / 'second', '--duration=0.00001', f'--transfer={source}')
+    nets = [
+        network_io.load_network(str(path)) for path in (source, tmp_path / 'second' / 'network-snapshot-000000.pkl')
+    ]
+    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b), name  # the first step has learning rate 0
+
+
+def test_ema_is_a_half_life_average():
+    """After one half-life, half of the difference is left; in the first step, nothing."""
+    net, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(net.weight, 1)
+    torch.nn.init.constant_(ema.weight, 0)
+    run = training_loop.Run(net, ema, torch.optim.SGD(net.parameters()), cur_nimg=10**9)
+    run.update_ema(batch_size=1000, halflife_kimg=1, rampup_ratio=None)
+    assert ema.weight.item() == pytest.approx(0.5)
+    run.cur_nimg = 0
+    run.update_ema(batch_size=1000, halflife_kimg=1, rampup_ratio=0.05)
+    assert ema.weight.item() == 1
+
+
+def test_bf16_trains_a_float32_network(data, tmp_path):
+    run_training(data, tmp_path, '--duration=0.002', '--bf16=1', '--lr-rampup=0.001')
+    rows = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    assert rows[-1]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
+    net = network_io.load_network(str(tmp_path / 'network-snapshot-000002.pkl'))
+    assert {param.dtype for param in net.parameters()} == {torch.float32}
