@@ -154,7 +154,8 @@ def ablation_sampler(
         t_cur, t_next = t_steps[i : i + 2]
         sigma_cur = curve.sigma(t_cur)
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma_cur <= S_max else 0
-        t_hat = curve.sigma_inv(round_sigma(net, (1 + gamma) * sigma_cur))
+        # Without churn t̂ = t exactly: rounding errors of σ⁻¹(σ(t)) would pass for noise to add, 1e-8 of it.
+        t_hat = curve.sigma_inv(round_sigma(net, (1 + gamma) * sigma_cur)) if gamma else t_cur
         added = math.sqrt(max(curve.sigma(t_hat) ** 2 - sigma_cur**2, 0))
         x_hat = s(t_hat) / s(t_cur) * x + added * s(t_hat) * S_noise * randn_like(x)
 
@@ -203,7 +204,7 @@ def _ablation_range(net, discretization, sigma_min, sigma_max, epsilon_s) -> tup
     low, high = defaults[discretization]
     low = max(low if sigma_min is None else sigma_min, net.sigma_min)
     high = min(high if sigma_max is None else sigma_max, net.sigma_max)
-    if not 0 < low < high:
+    if not 0 < low < high < math.inf:
         raise ValueError(f'noise levels from sigma_max={high} down to sigma_min={low} are not a range')
     return low, high
 
@@ -221,15 +222,17 @@ def _ramp(num_steps) -> list[float]:
 
 def _iddpm_levels(num_steps, sigma_min, sigma_max, C_1, C_2, M) -> list[float]:
     """Every so-manieth of the improved DDPM's M levels u_0 > … > u_{M−1} that lie in the range."""
-
-    def alpha_bar(j):
-        return math.sin(0.5 * math.pi * j / (M * (C_2 + 1))) ** 2
-
+    # EDM computes ᾱ in float32 and the rest in float64. In float64 throughout, the lowest levels move by 5e-4.
+    alpha_bar = [(0.5 * math.pi * torch.tensor(j) / M / (C_2 + 1)).sin() ** 2 for j in range(M + 1)]
     levels = [0.0]
     for j in range(M, 0, -1):
-        levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1))
+        shrink = float((alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1))
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / shrink - 1))
     kept = [u for u in reversed(levels) if sigma_min <= u <= sigma_max]
-    return [kept[round((len(kept) - 1) * u)] for u in _ramp(num_steps)]
+    if not kept:
+        raise ValueError(f'no noise level of the improved DDPM lies between sigma_min={sigma_min} and {sigma_max}')
+    spacing = (len(kept) - 1) / max(num_steps - 1, 1)
+    return [kept[round(spacing * i)] for i in range(num_steps)]
 
 
 def _check_choice(name, value, choices):
@@ -265,7 +268,7 @@ class StackedRandomGenerator:
 def split_seeds(seeds: Sequence[int], max_batch_size: int) -> list[list[int]]:
     """The fewest batches of at most `max_batch_size`, nearly equal, in order: the same for any number of processes."""
     num_batches = max(math.ceil(len(seeds) / max_batch_size), 1)
-    return [part.tolist() for part in np.array_split(np.asarray(seeds, dtype=np.int64), num_batches)]
+    return [[seeds[i] for i in part] for part in np.array_split(np.arange(len(seeds)), num_batches)]
 
 
 def generate_images(
@@ -323,6 +326,9 @@ def choose_sampler(randn_like: str, options: dict[str, Any]) -> Callable[..., to
         click.UsageError: an option that belongs to the other kind of noise, or a window that is none.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if value != value or (name in ('rho', 'S_noise', 'eta') and math.isinf(value)):
+            raise click.UsageError(f'--{name}={value} is not a number to compute with')
     if given.get('S_min', 0) > given.get('S_max', math.inf):
         raise click.UsageError(f'--S_min={given["S_min"]:g} is above --S_max={given["S_max"]:g}')
     if randn_like == 'ddb':
@@ -360,8 +366,10 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
     return numbers
 
 
-def check_class(net: Any, class_idx: int | None) -> None:
-    """Raise click.UsageError unless `net` knows the class."""
+def check_network(net: Any, class_idx: int | None) -> None:
+    """Raise click.UsageError unless `net` makes images that a PNG file can hold, and knows the class."""
+    if net.img_channels not in (1, 3):
+        raise click.UsageError(f'--network makes images of {net.img_channels} channels; PNG files hold 1 or 3')
     if class_idx is None:
         return
     if not net.label_dim:
@@ -371,16 +379,21 @@ def check_class(net: Any, class_idx: int | None) -> None:
 
 
 def load_network(path: str, device: torch.device, trust_pickle: bool = False) -> torch.nn.Module:
-    """The network, on `device`; rank 0 first, so that it alone downloads. Raises click.ClickException."""
-    if dist.get_rank() != 0:
-        dist.barrier()
-    try:
-        net = network_io.load_network(path, trust_pickle=trust_pickle).to(device)
-    except (OSError, ValueError) as err:
-        raise click.ClickException(f'--network: {err}') from None
+    """The network, on `device`. Rank 0 loads first, so that it alone downloads, and alone says what is wrong.
+
+    Raises:
+        click.ClickException: the file is missing, or is not a network that this project reads.
+    """
+    net, error = None, None
     if dist.get_rank() == 0:
-        dist.barrier()
-    return net
+        try:
+            net = network_io.load_network(path, trust_pickle=trust_pickle)
+        except (OSError, ValueError) as err:
+            error = f'--network: {err}'
+    error = dist.broadcast_object(error)
+    if error is not None:
+        raise click.ClickException(error) if dist.get_rank() == 0 else SystemExit(1)
+    return (net or network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
 
 
 # ----------------------------------------------------------------------------
@@ -426,7 +439,6 @@ non_negative = click.FloatRange(min=0)
 @click.option('--disc', 'discretization',    help='db, ablation: time steps', type=click.Choice(['vp', 've', 'iddpm', 'edm']))
 @click.option('--schedule',                  help='db, ablation: noise schedule σ(t)', type=click.Choice(['vp', 've', 'linear']))
 @click.option('--scaling',                   help='db, ablation: signal scaling s(t)', type=click.Choice(['vp', 'none']))
-# fmt: on
 def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device, trust_pickle, randn_like, **options):
     """Generate images, one per seed.
 
@@ -451,7 +463,7 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
         raise click.ClickException(str(err)) from None
     dist.print0(f'Loading network from {network_pkl} ...')
     net = sampler_2nd.CountCalls(load_network(network_pkl, device, trust_pickle))
-    check_class(net, class_idx)
+    check_network(net, class_idx)
     batches = split_seeds(seeds, max_batch_size)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     num_steps = options['num_steps']
@@ -460,7 +472,9 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
     hidden = dist.get_rank() != 0
     try:
         os.makedirs(outdir, exist_ok=True)
-        with tqdm(total=len(mine) * num_steps, desc=f'Sampling {len(seeds)} images', unit='step', disable=hidden) as bar:
+        total = len(mine) * num_steps
+        # The delay keeps the bar away from the errors that the sampler finds in its arguments.
+        with tqdm(desc=f'Sampling {len(seeds)} images', total=total, unit='step', disable=hidden, delay=0.1) as bar:
             sampler = partial(sampler, callback=lambda *_: bar.update())
             for batch_seeds, images in generate_images(net, mine, sampler, device, class_idx):
                 for seed, image in zip(batch_seeds, images, strict=True):
@@ -472,8 +486,11 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
     dist.barrier()
     seconds = time.perf_counter() - start
     dist.print0(f'{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.2f} images/s) on {device}')
-    dist.print0(work_done(net, num_steps, len(mine)))
+    if mine:
+        dist.print0(work_done(net, num_steps, len(mine)))
     dist.print0(f'Saved in {os.path.abspath(outdir)}')
+
+# fmt: on
 
 
 def work_done(net: sampler_2nd.CountCalls, num_steps: int, num_batches: int) -> str:

@@ -127,7 +127,10 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f'noise levels from sigma_max={sigma_max} down to sigma_min={sigma_min} are not a range')
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    try:
+        top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    except OverflowError:
+        raise ValueError(f'rho={rho} is too small') from None
     sigmas = (top + ramp * (bottom - top)) ** rho
     if hasattr(net, 'round_sigma'):
         sigmas = torch.as_tensor(net.round_sigma(sigmas))

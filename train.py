@@ -220,7 +220,8 @@ def main(**kwargs):
     world = dist.get_world_size()
     training_stats.init_multiprocessing(dist.get_rank(), device if world > 1 else None)
     dataset = _open_dataset(opts)
-    opts.seed = _common_seed(device) if opts.seed is None else opts.seed
+    if opts.seed is None:
+        opts.seed = dist.broadcast_object(int.from_bytes(os.urandom(4), 'little') % 2**31)
     config = make_config(opts, dataset)
     run_dir = opts.outdir if opts.nosubdir else run_dir_name(opts, dataset.name)
     _print_config(config, opts, dataset, run_dir, device)
@@ -254,14 +255,6 @@ def _open_dataset(opts: dnnlib.EasyDict) -> Any:
     except OSError as err:
         raise click.ClickException(f'--data: {err}') from None
     return dataset
-
-
-def _common_seed(device: torch.device) -> int:
-    """A random seed, the same on every rank."""
-    seed = torch.tensor(int.from_bytes(os.urandom(4), 'little') % 2**31, device=device)
-    if dist.get_world_size() > 1:
-        torch.distributed.broadcast(seed, src=0)
-    return int(seed)
 
 
 def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -329,6 +329,7 @@ def test_callback_sees_every_step():
         ({'S_min': 2, 'S_max': 1}, 'S_min=2 is above S_max=1'),
         ({'eta': -1}, 'eta=-1'),
         ({'rho': 0}, 'rho=0'),
+        ({'rho': 0.001}, 'too small'),
         ({'sigma_min': 90}, 'sigma_max=80'),
         ({'scheme': 'rk', 'eta': 0.5}, 'eta=1'),
         ({'scheme': 'rk', 'S_max': 50}, 'taylor'),

@@ -70,6 +70,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def broadcast_object(value: Any) -> Any:
+    """What rank 0 passes, on every rank. It must pickle."""
+    values = [value]
+    if _has_group():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def should_stop() -> bool:
     """Whether a long job should save and end early. Always False: a scheduler replaces this function."""
     return False

@@ -10,11 +10,13 @@ executed, so the network has this project's code, forward-mode derivatives inclu
 """
 
 import io
+import math
 import pickle
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
             try:
                 net = _rebuild(_network_of(_read_tree(file)))
             except NetworkFileError as err:
-                raise NetworkFileError(f'{path_or_url}: {err}') from None
+                raise NetworkFileError(f'{path_or_url}: {textwrap.shorten(str(err), 500)}') from None
     return net.eval().requires_grad_(False)
 
 
@@ -100,20 +102,40 @@ def _persistent_object(meta: dict) -> _Object:
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
     """`torch._utils._rebuild_tensor_v2`, which does not check that the view stays inside its storage."""
-    storage = _expect(storage, torch.storage.TypedStorage)
+    dtype, values = _expect(storage, torch.storage.TypedStorage).dtype, storage._untyped_storage
     size, stride = (tuple(_expect(n, int) for n in dims) for dims in (size, stride))
-    available = storage.untyped().nbytes() // storage.dtype.itemsize
+    available = values.nbytes() // dtype.itemsize
     last = _expect(offset, int) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     inside = min((offset, *size, *stride)) >= 0 and (0 in size or last < available)
-    if not inside or hooks:
-        raise NetworkFileError(f'a tensor of size {size} and stride {stride} does not fit its storage')
-    view = torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride)
-    return view.clone()
+    if not inside or math.prod(size) > available or dtype.is_complex or hooks:
+        raise NetworkFileError(f'a tensor of size {size} and stride {stride} does not fit its storage of real numbers')
+    return torch.empty(0, dtype=dtype).set_(values, offset, size, stride).clone()
 
 
 def _storage(data: bytes) -> torch.storage.TypedStorage:
     """`torch.storage._load_from_bytes`: a second pickle inside the first, and the stock function would trust it."""
-    return torch.load(io.BytesIO(_expect(data, bytes)), map_location='cpu', weights_only=True)
+    stream = io.BytesIO(_expect(data, bytes))
+    try:
+        storage = torch.load(stream, map_location='cpu', weights_only=True)
+    except Exception as err:  # not repeated: PyTorch's message advises the user to drop the protection
+        raise NetworkFileError(f'a tensor in this file is damaged or hides code ({type(err).__name__})') from None
+    return _expect(storage, torch.storage.TypedStorage)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """`_codecs.encode`: how bytes look in pickle protocol 2."""
+    if encoding != 'latin1':
+        raise NetworkFileError(f'bytes in this file are stored in the encoding {encoding!r}')
+    return _expect(text, str).encode('latin1')
+
+
+def _set(items: Any = ()) -> set:
+    return {_key(item) for item in items}
+
+
+def _key(value: Any) -> Any:
+    """What may be hashed. Tuples may not: nested deeply, they would overflow the stack of the interpreter."""
+    return _expect(value, (str, int))
 
 
 def _numpy_scalar(dtype: _Object, data: bytes) -> Any:
@@ -131,9 +153,10 @@ def _numpy_dtype(code: str, align: bool = False, copy: bool = False) -> _Object:
     return _Object(code)
 
 
-def _expect(value: Any, kind: type) -> Any:
+def _expect(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise NetworkFileError(f'found {type(value).__name__} where a network file has {kind.__name__}')
+        wanted = ' or '.join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise NetworkFileError(f'found {type(value).__name__} where a network file has {wanted}')
     return value
 
 
@@ -145,39 +168,41 @@ _GLOBALS = {
     'torch.nn.modules.container ModuleDict': _Global(lambda: _Object('ModuleDict')),
     'collections OrderedDict': _Global(lambda: {}),
     'dnnlib.util EasyDict': _Global(lambda: {}),
-    'builtins set': _Global(lambda items=(): set(items)),
-    '__builtin__ set': _Global(lambda items=(): set(items)),
+    'builtins set': _Global(_set),
+    '__builtin__ set': _Global(_set),
+    '_codecs encode': _Global(_latin1),
     'numpy dtype': _Global(_numpy_dtype),
     'numpy.core.multiarray scalar': _Global(_numpy_scalar),
     'numpy._core.multiarray scalar': _Global(_numpy_scalar),
 }
 
-_OPCODES = (
-    'PROTO FRAME MARK STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 '
-    'LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_SET '
-    'EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS ADDITEMS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ '
-    'BUILD'
-).split()
+_OPCODES = """
+    PROTO FRAME MARK STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2
+    LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_SET
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS ADDITEMS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ
+    BUILD
+"""
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
+class _Reader(pickle._Unpickler):
     """The pure-Python unpickler, cut down to the opcodes that network files use, none of which can touch a live object.
 
     The one written in C is no basis: there, BUILD changes whatever lies on the stack, and only `find_class` can be
     replaced.
     """
 
-    dispatch = {
-        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]  # type: ignore[attr-defined]
-        for name in _OPCODES
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Any]] = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()
     }
 
     def find_class(self, module, name):
         known = _GLOBALS.get(f'{module} {name}')
         if known is None:
             raise NetworkFileError(
-                f'this file wants to call {module}.{name}, which no known network needs; if you trust its author, '
-                'use --trust-pickle'
+                f'this file wants to call {f"{module}.{name}"!r}, which no known network needs; '
+                'if you trust its author, use --trust-pickle'
             )
         return known
 
@@ -194,11 +219,11 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
 
     def load_setitems(self):
         items = self.pop_mark()
-        _expect(self.stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+        _expect(self.stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def load_setitem(self):
         value, key = self.stack.pop(), self.stack.pop()
-        _expect(self.stack[-1], dict)[key] = value
+        _expect(self.stack[-1], dict)[_key(key)] = value
 
     def load_appends(self):
         items = self.pop_mark()
@@ -210,7 +235,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
 
     def load_additems(self):
         items = self.pop_mark()
-        _expect(self.stack[-1], set).update(items)
+        _expect(self.stack[-1], set).update(map(_key, items))
 
     dispatch.update(
         {
@@ -243,21 +268,36 @@ def _rebuild(record: Any) -> torch.nn.Module:
         raise NetworkFileError(f'{record.class_name} does not store the arguments it was made with')
     weights = _state_dict(record)
     try:
+        _check_sizes([args, kwargs], limit=max([1024, len(weights), *(n for w in weights.values() for n in w.shape)]))
         with torch.random.fork_rng(devices=[]):  # random weights, to be overwritten: leave the caller's stream alone
             net = dnnlib.util.construct_class_by_name(*args, class_name=NETWORK_CLASSES[record.class_name], **kwargs)
         net.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as err:
-        reason = ' '.join(str(err).split())
-        raise NetworkFileError(f'this {record.class_name} differs from the built-in one ({reason})') from None
+    except Exception as err:  # arguments out of a damaged or hostile file can trip the constructor anywhere
+        raise NetworkFileError(f'this {record.class_name} differs from the built-in one ({err})') from None
     return net
+
+
+def _check_sizes(arguments: list[Any], limit: int) -> None:
+    """Refuse numbers of blocks or channels far above what the file has weights for: building them would not end."""
+    pending, seen = arguments, set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, int) and value > limit:
+            raise NetworkFileError(f'the argument {value} is out of proportion')
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _state_dict(record: _Object) -> dict[str, torch.Tensor]:
     """Parameters and buffers by dotted name, from the attributes where torch.nn.Module keeps them."""
     tensors: dict[str, torch.Tensor] = {}
-    pending = [('', record)]
+    pending, seen = [('', record)], set()
     while pending:
         prefix, module = pending.pop()
+        if module in seen:
+            raise NetworkFileError(f'the module {prefix[:-1]!r} in this file stands in several places')
+        seen.add(module)
         for kind in ('_parameters', '_buffers'):
             for name, value in _expect(module.state.get(kind, {}), dict).items():
                 if value is not None:
@@ -265,8 +305,6 @@ def _state_dict(record: _Object) -> dict[str, torch.Tensor]:
         for name, child in _expect(module.state.get('_modules', {}), dict).items():
             if child is not None:
                 pending.append((f'{prefix}{name}.', _expect(child, _Object)))
-        if len(pending) + len(tensors) > 1_000_000:
-            raise NetworkFileError('the modules in this file contain one another')
     return tensors
 
 
@@ -284,12 +322,15 @@ def _load_trusted(file: Any, name: str) -> torch.nn.Module:
         raise NetworkFileError(f'{name}: the file does not unpickle ({type(err).__name__}: {err})') from err
     if not isinstance(net, torch.nn.Module):
         raise NetworkFileError(f'{name}: holds {type(net).__name__}, not a network')
+    missing = [attr for attr in ('img_resolution', 'img_channels', 'label_dim') if not hasattr(net, attr)]
+    if missing:
+        raise NetworkFileError(f'{name}: its {type(net).__name__} is no denoiser of images, it has no {missing[0]}')
     _give_attention_a_forward_mode(net)
     return net
 
 
 def _give_attention_a_forward_mode(net: torch.nn.Module) -> None:
-    """Replace `AttentionOp` in the modules of the file's code: EDM's is an autograd Function with a backward pass only."""
+    """Replace `AttentionOp` in the modules of the file's code: EDM's has a backward pass only."""
     replacement = dnnlib.util.get_obj_by_name('training.networks.AttentionOp')
     for name in {type(module).__module__ for module in net.modules()}:
         op = getattr(sys.modules.get(name), 'AttentionOp', None)

@@ -1,0 +1,742 @@
+"""generate.py: EDM's numbers, the command line with its errors, and images that depend on their seeds only."""
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import foreign_edm
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import dnnlib
+import generate
+import sampler_2nd
+from training import networks
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = json.loads((ROOT / 'tests' / 'data' / 'edm_samplers.json').read_text())
+SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
+DISCRETIZATIONS = ['vp', 've', 'iddpm', 'edm']
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='session')
+def network_files(tmp_path_factory):
+    """Snapshots of small random networks: digits (3 classes), grey (no classes), rgb (1000 classes)."""
+    folder = tmp_path_factory.mktemp('networks')
+    for name, channels, label_dim in [('digits', 1, 3), ('grey', 1, 0), ('rgb', 3, 1000)]:
+        net = networks.EDMPrecond(8, channels, label_dim=label_dim, **SONG)
+        net = foreign_edm.randomize(net, seed=0).eval().requires_grad_(False)
+        (folder / f'{name}.pkl').write_bytes(pickle.dumps({'ema': net}))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def digits(network_files):
+    return generate.load_network(str(network_files / 'digits.pkl'), torch.device('cpu'))
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(*args):
+    """generate.py in this process; anything but a clean exit passes through as an exception."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
+        generate.main([str(arg) for arg in args], prog_name='generate.py')
+    return Outcome(exit_info.value.code, out.getvalue(), err.getvalue())
+
+
+def run_ok(*args):
+    outcome = run(*args)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def pictures(folder):
+    """{name below `folder`: uint8 array}; nothing but PNG files may be there."""
+    found = sorted(path for path in Path(folder).rglob('*') if path.is_file())
+    return {str(path.relative_to(folder)): np.asarray(PIL.Image.open(path)) for path in found}
+
+
+def file_bytes(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# ----------------------------------------------------------------------------
+# EDM's numbers.
+
+
+class GaussianDenoiser:
+    """The exact denoiser of Gaussian images with standard deviation ½, which writes down the noise levels it sees."""
+
+    sigma_min, sigma_max = 0, math.inf
+
+    def __init__(self, levels=None):
+        self.levels = levels
+        self.sigma_calls = []
+
+    def __call__(self, x, sigma, class_labels=None):
+        self.sigma_calls.append(float(sigma))
+        return x * 0.25 / (0.25 + sigma**2)
+
+    def round_sigma(self, sigma):
+        if self.levels is None:
+            return sigma
+        return self.levels[(sigma.reshape(-1, 1) - self.levels).abs().argmin(1)].reshape(sigma.shape)
+
+
+LATENTS = torch.tensor([0.3, -1.2, 0.8, 2.0]).reshape(1, 1, 2, 2)
+
+
+def constant_noise(x):
+    return torch.full_like(x, 0.5)
+
+
+@pytest.mark.parametrize('name', ['edm_sampler', 'ablation_sampler'])
+def test_golden_samples_and_noise_levels(name):
+    for case in GOLDEN[f'{name}_gaussian_denoiser']:
+        net = GaussianDenoiser()
+        out = getattr(generate, name)(net, LATENTS, randn_like=constant_noise, **case['kwargs'])
+        assert out.dtype == torch.float64
+        assert net.sigma_calls == pytest.approx(case['sigma_calls'], rel=1e-9), case['kwargs']
+        difference = out.flatten() - torch.tensor(case['out'], dtype=torch.float64)
+        if case['kwargs'].get('discretization') == 'iddpm' and case['kwargs']['schedule'] == 'vp':
+            # Without churn, EDM adds noise of the size √(rounding error of σ²), where we add none. With the constant
+            # noise of this test that moves all pixels alike.
+            assert difference.abs().max() < 1e-8
+            difference = difference - difference.mean()
+        assert (difference / out.flatten()).abs().max() < 1e-9, case['kwargs']
+
+
+def test_golden_counts_of_cases():
+    assert [len(GOLDEN[f'{name}_gaussian_denoiser']) for name in ('edm_sampler', 'ablation_sampler')] == [3, 26]
+
+
+def test_ablation_sampler_with_default_choices_is_the_edm_sampler():
+    kwargs = {'num_steps': 7, 'S_churn': 4, 'S_min': 0.05, 'S_max': 50, 'S_noise': 1.003, 'rho': 5}
+    results = [
+        sampler(GaussianDenoiser(), LATENTS, randn_like=constant_noise, **kwargs)
+        for sampler in (generate.edm_sampler, generate.ablation_sampler)
+    ]
+    assert torch.allclose(*results, rtol=1e-12, atol=0)
+
+
+def test_improved_ddpm_levels_are_spaced_as_edm_spaces_them():
+    """Halfway between two levels, (L − 1)·(i/(n − 1)) and ((L − 1)/(n − 1))·i round to different ones for n = 29."""
+    levels = generate._iddpm_levels(1000, 0, math.inf, 0.001, 0.008, 999)
+    assert len(set(levels)) == 1000
+    for num_steps in (2, 29, 57, 113, 400):
+        found = generate._iddpm_levels(num_steps, 0, math.inf, 0.001, 0.008, 999)
+        steps = torch.arange(num_steps, dtype=torch.float64)
+        expected = ((len(levels) - 1) / (num_steps - 1) * steps).round().to(torch.int64)
+        assert found == [levels[j] for j in expected]
+
+
+def test_golden_random_numbers():
+    golden = GOLDEN['stacked_generator_cpu']
+    rnd = generate.StackedRandomGenerator('cpu', golden['seeds'])
+    latents = rnd.randn([3, 3, 8, 8])
+    assert latents.dtype == torch.float32
+    np.testing.assert_allclose(latents.flatten(1)[:, :3], golden['randn_f32_[3,8,8]_first3'], atol=1e-7, rtol=0)
+    assert rnd.randint(10, size=[3]).tolist() == golden['then_randint10']
+    noise = rnd.randn_like(latents.double())
+    assert noise.dtype == torch.float64
+    np.testing.assert_allclose(noise.flatten(1)[:, :3], golden['then_randn_like_f64_first3'], atol=1e-7, rtol=0)
+
+
+def test_seeds_wrap_at_32_bits_and_rows_are_counted():
+    rnd = generate.StackedRandomGenerator('cpu', [5, 2**32 + 5])
+    a, b = rnd.randn([2, 4])
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match='3 rows asked of 2'):
+        rnd.randn([3, 4])
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        *GOLDEN['parse_int_list'].items(),
+        ('7', [7]),
+        ('3,1,2', [3, 1, 2]),
+        ('2,2', [2, 2]),
+        ('4-4', [4]),
+        (' 1, 3-5 ', [1, 3, 4, 5]),
+        ('007', [7]),
+        ([4, 2], [4, 2]),
+    ],
+)
+def test_parse_int_list(text, expected):
+    assert generate.parse_int_list(text) == expected
+
+
+@pytest.mark.parametrize(
+    'text', ['a', '5-3', '', '1,,2', '-1', '1-', '1.5', '0x10', '1-2-3', '²', '٣', '1 2', ',', '1,']
+)
+def test_parse_int_list_refuses(text):
+    with pytest.raises(ValueError, match=r'neither a number nor a range|runs backwards'):
+        generate.parse_int_list(text)
+
+
+@pytest.mark.parametrize('kwargs', [{}, *({'discretization': name} for name in DISCRETIZATIONS)])
+@pytest.mark.parametrize('S_churn', [0, 40])
+def test_one_step_is_the_denoised_image(kwargs, S_churn):
+    sampler = generate.ablation_sampler if kwargs else generate.edm_sampler
+    net = GaussianDenoiser()
+    out = sampler(net, LATENTS, randn_like=constant_noise, num_steps=1, S_churn=S_churn, **kwargs)
+    assert len(net.sigma_calls) == 1
+    assert torch.isfinite(out).all()
+    if not S_churn:
+        sigma = net.sigma_calls[0]
+        assert torch.allclose(out, LATENTS.double() * sigma * 0.25 / (0.25 + sigma**2), rtol=1e-9)
+
+
+@pytest.mark.parametrize('sampler', [generate.edm_sampler, generate.ablation_sampler])
+def test_rounded_noise_levels_give_no_nan(sampler):
+    class RoundsDown(GaussianDenoiser):
+        """What it is asked twice, it has rounded twice: t̂ comes out below t."""
+
+        def round_sigma(self, sigma):
+            return sigma * 0.99
+
+    coarse = GaussianDenoiser(levels=torch.tensor([80, 20, 5, 1, 0.3, 0.1, 0.02], dtype=torch.float64))
+    for net in (RoundsDown(), coarse):
+        for S_churn in (0, 2, 40):
+            out = sampler(net, LATENTS, randn_like=constant_noise, num_steps=12, S_churn=S_churn, sigma_min=0.02)
+            assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize('sampler', [generate.edm_sampler, generate.ablation_sampler])
+def test_iddpm_network_gives_no_nan(sampler):
+    adm = {'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
+    net = foreign_edm.randomize(networks.iDDPMPrecond(8, 1, **adm), seed=0).eval()
+    counted = sampler_2nd.CountCalls(net)
+    out = sampler(counted, torch.randn(1, 1, 8, 8), num_steps=6, S_churn=40)
+    assert torch.isfinite(out).all()
+    assert counted.calls == 11
+
+
+def test_ablation_sampler_names_what_it_does_not_know():
+    for name in ('solver', 'discretization', 'schedule', 'scaling'):
+        with pytest.raises(ValueError, match=f"{name}='none-such' is not one of"):
+            generate.ablation_sampler(GaussianDenoiser(), LATENTS, **{name: 'none-such'})
+
+
+# ----------------------------------------------------------------------------
+# Random draws.
+
+
+def reference_draws(seed, shape, label_dim, num_noises):
+    """What EDM draws for a seed: latent, class where there are classes, and one normal in float64 per step."""
+    g = torch.Generator().manual_seed(seed)
+    latent = torch.randn(shape, generator=g, dtype=torch.float32)
+    class_idx = int(torch.randint(label_dim, [], generator=g)) if label_dim else None
+    return latent, class_idx, [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(num_noises)]
+
+
+@pytest.mark.parametrize('label_dim', [0, 3])
+@pytest.mark.parametrize('S_churn', [0, 40])
+def test_db_draws_are_those_of_edm(label_dim, S_churn):
+    class Net(GaussianDenoiser):
+        img_channels, img_resolution = 1, 4
+
+    net = Net()
+    net.label_dim = label_dim
+    drawn = []
+
+    def sampler(net, latents, labels, randn_like):
+        def spy(x):
+            drawn.append(randn_like(x))
+            return drawn[-1]
+
+        drawn.extend([latents, labels])
+        return generate.edm_sampler(net, latents, labels, spy, num_steps=18, S_churn=S_churn)
+
+    list(generate.generate_images(net, [[7, 9]], sampler, torch.device('cpu')))
+    latents, labels, *noises = drawn
+    assert len(noises) == 18
+    assert latents.dtype == torch.float32
+    assert all(noise.dtype == torch.float64 for noise in noises)
+    for row, seed in enumerate([7, 9]):
+        latent, class_idx, expected = reference_draws(seed, [1, 4, 4], label_dim, 18)
+        assert torch.equal(latents[row], latent)
+        assert labels is None if class_idx is None else labels[row].tolist() == torch.eye(3)[class_idx].tolist()
+        assert all(torch.equal(noise[row], value) for noise, value in zip(noises, expected, strict=True))
+
+
+def test_class_option_replaces_the_class_and_keeps_the_noise(digits):
+    seen = []
+
+    def sampler(net, latents, labels, randn_like):
+        seen.append((latents, labels, randn_like(latents)))
+        return latents
+
+    for class_idx in (None, 2):
+        list(generate.generate_images(digits, [[0, 1, 2, 3]], sampler, torch.device('cpu'), class_idx))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][2], seen[1][2])
+    assert seen[1][1].tolist() == [[0, 0, 1]] * 4
+    assert seen[0][1].argmax(1).tolist() == [reference_draws(s, [1, 8, 8], 3, 0)[1] for s in range(4)]
+
+
+def test_to_uint8_truncates_as_edm_does():
+    values = [-9, -1, -0.999, -0.5, 0, 0.5, 0.99, 0.996, 1, 9]
+    images = torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2, 5)
+    assert generate.to_uint8(images).flatten().tolist() == [0, 0, 0, 64, 128, 191, 254, 254, 255, 255]
+    assert generate.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+
+
+def test_batches_are_few_and_nearly_equal():
+    assert generate.split_seeds(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    assert generate.split_seeds([5, 5, 1], 64) == [[5, 5, 1]]
+    assert generate.split_seeds([10**25], 64) == [[10**25]]
+
+
+# ----------------------------------------------------------------------------
+# Command line: files.
+
+
+def test_files_names_and_modes(network_files, tmp_path):
+    run_ok(f'--outdir={tmp_path}/grey', f'--network={network_files}/grey.pkl', '--seeds=3,1000-1001', '--steps=1')
+    grey = pictures(tmp_path / 'grey')
+    assert list(grey) == ['000003.png', '001000.png', '001001.png']
+    assert all(image.shape == (8, 8) and image.dtype == np.uint8 for image in grey.values())
+    network = f'--network={network_files}/rgb.pkl'
+    run_ok(f'--outdir={tmp_path}/rgb', network, '--seeds=3,999-1000,1234567', '--steps=1', '--subdirs')
+    rgb = pictures(tmp_path / 'rgb')
+    assert list(rgb) == ['000000/000003.png', '000000/000999.png', '001000/001000.png', '1234000/1234567.png']
+    assert all(image.shape == (8, 8, 3) and image.std() > 5 for image in rgb.values())
+
+
+def test_png_holds_the_sampled_numbers(network_files, digits, tmp_path):
+    run_ok(f'--outdir={tmp_path}', f'--network={network_files}/digits.pkl', '--seeds=4', '--steps=3', '--S_churn=2')
+    latent, class_idx, noises = reference_draws(4, [1, 8, 8], 3, 3)
+    label, noise = torch.eye(3)[[class_idx]], iter(noises)
+    x = generate.edm_sampler(digits, latent[None], label, lambda x: next(noise)[None], num_steps=3, S_churn=2)
+    expected = np.trunc(np.clip(127.5 * x.numpy() + 128, 0, 255))[0, 0]
+    assert len(np.unique(expected)) > 10
+    assert np.array_equal(pictures(tmp_path)['000004.png'], expected)
+
+
+def test_a_second_run_replaces_the_files(network_files, tmp_path):
+    for _ in range(2):
+        args = (f'--outdir={tmp_path}/new/deep', f'--network={network_files}/grey.pkl', '--seeds=0,0', '--steps=2')
+        run_ok(*args)
+    assert list(pictures(tmp_path)) == ['new/deep/000000.png']
+
+
+def test_classes_make_different_images(network_files, tmp_path):
+    for class_idx in range(3):
+        outdir = f'--outdir={tmp_path}/{class_idx}'
+        run_ok(outdir, f'--network={network_files}/digits.pkl', '--seeds=0', '--steps=4', f'--class={class_idx}')
+    images = [pictures(tmp_path / str(class_idx))['000000.png'].astype(int) for class_idx in range(3)]
+    assert all(abs(images[i] - images[j]).max() > 5 for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
+@pytest.fixture
+def sampler_arguments(monkeypatch):
+    """Put recorders in the place of the samplers; a list of (name, keyword arguments)."""
+    calls = []
+
+    def recorder(name):
+        def record(net, latents, labels, **kwargs):
+            calls.append((name, kwargs))
+            return torch.zeros(latents.shape)
+
+        return record
+
+    monkeypatch.setattr(sampler_2nd, 'ito_taylor_sampler', recorder('ddb'))
+    monkeypatch.setattr(generate, 'edm_sampler', recorder('edm'))
+    monkeypatch.setattr(generate, 'ablation_sampler', recorder('ablation'))
+    return calls
+
+
+def options_of(calls):
+    return [(name, {k: v for k, v in kwargs.items() if k not in ('randn_like', 'callback')}) for name, kwargs in calls]
+
+
+@pytest.mark.parametrize('batch', [None, 1, 20])
+def test_default_values(network_files, tmp_path, monkeypatch, sampler_arguments, batch):
+    """All options have defaults but --outdir. `work_done` has nothing to count for a sampler without calls."""
+    monkeypatch.setattr(generate, 'SHIPPED_NETWORK', 'unused')
+    network = next(param for param in generate.main.params if param.name == 'network_pkl')
+    monkeypatch.setattr(network, 'default', str(network_files / 'grey.pkl'))
+    run_ok(f'--outdir={tmp_path}', *([] if batch is None else [f'--batch={batch}']))
+    assert list(pictures(tmp_path)) == [f'{seed:06d}.png' for seed in range(64)]
+    assert options_of(sampler_arguments) == [('edm', {'num_steps': 18})] * {None: 1, 1: 64, 20: 4}[batch]
+
+
+@pytest.mark.parametrize('name', ['edm_sampler', 'ablation_sampler'])
+def test_defaults_of_the_samplers_are_those_of_edm(name):
+    defaults = {key: p.default for key, p in inspect.signature(getattr(generate, name)).parameters.items()}
+    expected = {'class_labels': None, 'randn_like': torch.randn_like, 'num_steps': 18, 'rho': 7, 'callback': None}
+    expected |= {'S_churn': 0, 'S_min': 0, 'S_max': math.inf, 'S_noise': 1}
+    if name == 'edm_sampler':
+        expected |= {'sigma_min': 0.002, 'sigma_max': 80}
+    else:
+        expected |= {'sigma_min': None, 'sigma_max': None, 'solver': 'heun', 'discretization': 'edm', 'alpha': 1}
+        expected |= {'schedule': 'linear', 'scaling': 'none', 'epsilon_s': 1e-3, 'C_1': 1e-3, 'C_2': 8e-3, 'M': 1000}
+    del defaults['net'], defaults['latents']
+    assert defaults == expected
+
+
+def test_shipped_network_is_the_default():
+    network = next(param for param in generate.main.params if param.name == 'network_pkl')
+    assert network.default == str(ROOT / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl')
+
+
+COMMON = {'sigma_min': 0.01, 'sigma_max': 70.0, 'rho': 5.0, 'S_min': 0.1, 'S_max': 50.0, 'S_noise': 1.01}
+COMMON_ARGS = [f'--{name}={value}' for name, value in COMMON.items()]
+
+
+@pytest.mark.parametrize(
+    ('args', 'sampler', 'expected'),
+    [
+        ([], 'edm', {}),
+        (['--S_churn=40'], 'edm', {'S_churn': 40}),
+        (['--randn_like=db', '--S_noise=-1', '--S_max=inf'], 'edm', {'S_noise': -1, 'S_max': math.inf}),
+        (['--solver=euler'], 'ablation', {'solver': 'euler'}),
+        (['--disc=vp', '--S_churn=3'], 'ablation', {'discretization': 'vp', 'S_churn': 3}),
+        (['--schedule=ve'], 'ablation', {'schedule': 've'}),
+        (['--scaling=none'], 'ablation', {'scaling': 'none'}),
+        (['--randn_like=ddb'], 'ddb', {}),
+        (['--randn_like=ddb', '--scheme=taylor', '--eta=0.5'], 'ddb', {'scheme': 'taylor', 'eta': 0.5}),
+        (['--randn_like=ddb', '--eta=0'], 'ddb', {'eta': 0}),
+        (['--randn_like=ddb', '--scheme=rk'], 'ddb', {'scheme': 'rk'}),
+    ],
+)
+def test_options_reach_the_sampler(network_files, tmp_path, sampler_arguments, args, sampler, expected):
+    common = (f'--outdir={tmp_path}', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=7')
+    run_ok(*common, *COMMON_ARGS, *args)
+    assert options_of(sampler_arguments) == [(sampler, {'num_steps': 7} | COMMON | expected)]
+    assert list(pictures(tmp_path)) == ['000000.png']
+
+
+@pytest.mark.parametrize(
+    ('args', 'calls', 'jvp_calls'),
+    [
+        (['--steps=18'], 35, 0),
+        (['--steps=18', '--S_churn=80', '--S_max=1', '--randn_like=db'], 35, 0),
+        (['--steps=18', '--solver=euler'], 18, 0),
+        (['--steps=1'], 1, 0),
+        (['--steps=40', '--randn_like=ddb', '--rho=3'], 40, 39),
+        (['--steps=40', '--randn_like=ddb', '--scheme=rk'], 41, 0),
+        (['--steps=1', '--randn_like=ddb'], 1, 0),
+    ],
+)
+def test_reported_work(network_files, tmp_path, args, calls, jvp_calls):
+    """Two batches, so that a sum in the place of the cost per image would show."""
+    common = (f'--outdir={tmp_path}', f'--network={network_files}/grey.pkl', '--seeds=0-1', '--batch=1')
+    outcome = run_ok(*common, *args)
+    assert f'{calls} network calls, {jvp_calls} of them with a JVP' in outcome.out
+    assert f'Saved in {tmp_path}' in outcome.out
+
+
+def test_ddb_images_are_those_of_the_second_order_sampler(network_files, digits, tmp_path):
+    args = ['--randn_like=ddb', '--steps=6', '--eta=0.7', '--S_min=0.05', '--S_max=20', '--rho=3']
+    run_ok(f'--outdir={tmp_path}', f'--network={network_files}/digits.pkl', '--seeds=8', *args)
+    latent, class_idx, noises = reference_draws(8, [1, 8, 8], 3, 10)
+    noise = iter(noises)
+    x = sampler_2nd.ito_taylor_sampler(
+        digits,
+        latent[None],
+        torch.eye(3)[[class_idx]],
+        lambda x: next(noise)[None],
+        num_steps=6,
+        eta=0.7,
+        S_min=0.05,
+        S_max=20,
+        rho=3,
+    )
+    assert next(noise, None) is None
+    assert np.array_equal(pictures(tmp_path)['000008.png'], generate.to_uint8(x)[0, :, :, 0])
+
+
+@pytest.mark.parametrize(
+    ('network', 'line', 'expected'),
+    [
+        (
+            'digits',
+            '--seeds=0 --batch=1 --steps=18 --S_churn=80 --S_max=1 --randn_like=db',
+            ['000000.png'],
+        ),
+        (
+            'digits',
+            '--batch=500 --seeds=999-1001 --steps=40 --randn_like=ddb --rho=3 --subdirs',
+            ['000000/000999.png', '001000/001000.png', '001000/001001.png'],
+        ),
+        (
+            'grey',
+            '--batch=250 --seeds=0-1 --steps=84 --randn_like=ddb --rho=3 --subdirs',
+            ['000000/000000.png', '000000/000001.png'],
+        ),
+        (
+            'rgb',
+            '--batch=100 --seeds=0-1 --steps=80 --rho=3 --subdirs --class=164 --S_max=5.0',
+            ['000000/000000.png', '000000/000001.png'],
+        ),
+    ],
+)
+def test_documented_commands(network_files, tmp_path, network, line, expected):
+    run_ok(f'--outdir={tmp_path}', f'--network={network_files}/{network}.pkl', *line.split())
+    found = pictures(tmp_path)
+    assert list(found) == expected
+    assert all(image.std() > 5 for image in found.values())
+
+
+# ----------------------------------------------------------------------------
+# An image depends on its seed only.
+
+
+@pytest.mark.parametrize('mode', [['--S_churn=20'], ['--randn_like=ddb'], ['--randn_like=ddb', '--scheme=rk']])
+def test_an_image_does_not_depend_on_its_batch(network_files, tmp_path, mode):
+    common = (f'--network={network_files}/digits.pkl', '--steps=8', *mode)
+    for name, args in [
+        ('alone', ['--seeds=5,6,7', '--batch=1']),
+        ('three', ['--seeds=5-7']),
+        ('order', ['--seeds=7,9,5,6,0']),
+    ]:
+        run_ok(f'--outdir={tmp_path}/{name}', *common, *args)
+    alone, three, order = (pictures(tmp_path / name) for name in ('alone', 'three', 'order'))
+    assert list(alone) == ['000005.png', '000006.png', '000007.png']
+    for name, image in alone.items():
+        for other in (three[name], order[name]):
+            difference = abs(image.astype(int) - other)
+            assert difference.max() <= 1
+            assert (difference > 0).mean() <= 0.05
+
+
+def torchrun(*args):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*command, str(ROOT / 'generate.py'), *args], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize('seeds', ['0-4', '0-1'])
+def test_two_processes_make_the_same_bytes(network_files, tmp_path, seeds):
+    """Three batches for two ranks; then one batch, which leaves a rank without work."""
+    args = [f'--network={network_files}/digits.pkl', f'--seeds={seeds}', '--batch=2', '--steps=4', '--S_churn=9']
+    args.append('--device=cpu')
+    run_ok(f'--outdir={tmp_path}/one', *args)
+    printed = torchrun(f'--outdir={tmp_path}/two', *args)
+    assert printed.count('7 network calls') == 1
+    assert len(file_bytes(tmp_path / 'one')) == {'0-4': 5, '0-1': 2}[seeds]
+    assert file_bytes(tmp_path / 'one') == file_bytes(tmp_path / 'two')
+
+
+def test_script_runs_from_anywhere(network_files, tmp_path):
+    args = ['--outdir=out', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=1', '--device=cpu']
+    command = [sys.executable, '-W', 'error', str(ROOT / 'generate.py'), *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(pictures(tmp_path)) == ['out/000000.png']
+
+
+# ----------------------------------------------------------------------------
+# Errors: one line that says what is wrong, no images, another exit status than 0.
+
+
+def assert_refused(outcome, outdir, *words):
+    assert outcome.status not in (0, None)
+    assert 'Sampling' not in outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith('Error: ')]
+    assert len(lines) == 1, outcome.err
+    assert outcome.err.rstrip().endswith(lines[0])
+    assert 'Traceback' not in outcome.err
+    for word in words:
+        assert word in lines[0]
+    assert not os.path.isdir(outdir) or not os.listdir(outdir)
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (['--class=3'], ['--class=3', '0 to 2']),
+        (['--class=-1'], ['--class']),
+        (['--class=one'], ['--class', 'one']),
+        (['--network={files}/grey.pkl', '--class=0'], ['--class=0', 'unconditional']),
+        (['--seeds=a'], ['--seeds', "'a'"]),
+        (['--seeds=5-3'], ['--seeds', "'5-3'"]),
+        (['--seeds='], ['--seeds', "''"]),
+        (['--seeds=1,,2'], ['--seeds', "''"]),
+        (['--seeds=-1'], ['--seeds', "'-1'"]),
+        (['--steps=0'], ['--steps']),
+        (['--batch=0'], ['--batch']),
+        (['--rho=0'], ['--rho']),
+        (['--rho=nan'], ['--rho']),
+        (['--rho=inf'], ['--rho']),
+        (['--S_noise=nan'], ['--S_noise']),
+        (['--S_noise=-inf'], ['--S_noise']),
+        (['--S_churn=-1'], ['--S_churn']),
+        (['--sigma_max=inf'], ['sigma_max=inf']),
+        (['--solver=heun', '--sigma_max=inf'], ['sigma_max=inf']),
+        (['--disc=iddpm', '--sigma_min=1', '--sigma_max=1.00001'], ['sigma_min=1.0', 'improved DDPM']),
+        (['--S_min=2', '--S_max=1'], ['--S_min=2', '--S_max=1']),
+        (['--sigma_min=2', '--sigma_max=1'], ['sigma_max=1.0', 'sigma_min=2.0']),
+        (['--sigma_min=100'], ['sigma_min=100']),
+        (['--solver=euler', '--sigma_min=100'], ['sigma_min=100']),
+        (['--randn_like=ddb', '--sigma_min=100'], ['sigma_min=100']),
+        (['--randn_like=dddb'], ['--randn_like', 'dddb']),
+        (['--randn_like=ddb', '--S_churn=1'], ['--S_churn', '--eta']),
+        (['--randn_like=ddb', '--S_churn=0'], ['--S_churn', '--eta']),
+        (['--randn_like=ddb', '--solver=heun'], ['--solver', '--scheme']),
+        (['--randn_like=ddb', '--disc=edm'], ['--disc', '--scheme']),
+        (['--randn_like=ddb', '--schedule=linear'], ['--schedule', '--scheme']),
+        (['--randn_like=ddb', '--scaling=none'], ['--scaling', '--scheme']),
+        (['--randn_like=ddb', '--eta=-1'], ['--eta']),
+        (['--randn_like=ddb', '--eta=inf'], ['--eta']),
+        (['--randn_like=ddb', '--scheme=rk', '--eta=0.5'], ['rk', 'eta', 'taylor']),
+        (['--randn_like=ddb', '--scheme=rk', '--S_min=1'], ['rk', 'S_min', 'taylor']),
+        (['--randn_like=ddb', '--scheme=rk', '--S_max=10'], ['rk', 'S_max', 'taylor']),
+        (['--scheme=taylor'], ['--scheme', '--randn_like=ddb']),
+        (['--eta=1'], ['--eta', '--randn_like=ddb', '--S_churn']),
+        (['--device=tpu'], ['--device', 'tpu']),
+        (['--network={files}/none.pkl'], ['--network', 'none.pkl', 'No such file']),
+        (['--network={files}'], ['--network', 'directory']),
+        (['--network=ftp://host/net.pkl'], ['--network', 'ftp://host/net.pkl']),
+    ],
+)
+def test_bad_input(network_files, tmp_path, args, words):
+    outdir = tmp_path / 'out'
+    args = [arg.format(files=network_files) for arg in args]
+    outcome = run(f'--outdir={outdir}', f'--network={network_files}/digits.pkl', '--seeds=0-2', '--steps=4', *args)
+    assert_refused(outcome, outdir, *words)
+
+
+def test_outdir_is_required():
+    outcome = run('--seeds=0')
+    assert outcome.status == 2
+    assert "Error: Missing option '--outdir'" in outcome.err
+
+
+def test_cuda_where_there_is_none(network_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    outcome = run(f'--outdir={tmp_path}', f'--network={network_files}/digits.pkl', '--device=cuda')
+    assert_refused(outcome, tmp_path, '--device=cuda', 'no CUDA device', '--device=cpu')
+
+
+class Unknown(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (b'', ['not a pickle']),
+        (b'\x89PNG\r\n\x1a\n and so on', ['not a pickle']),
+        (b'PK\x03\x04', ['not a pickle']),
+        (pickle.dumps(['some', 'list']), ["'list'", '--trust-pickle']),
+        (pickle.dumps({'net': 1, 'state': 2}), ["'ema'", "'net', 'state'"]),
+        (pickle.dumps({}), ["'ema'", 'none']),
+        (pickle.dumps({'ema': Unknown()}), ['Unknown', '--trust-pickle']),
+        (pickle.dumps({'ema': torch.nn.Linear(2, 2)}), ['torch.nn.modules.linear.Linear', '--trust-pickle']),
+        (pickle.dumps({'ema': networks.Linear(2, 2)}), ["'Linear'", 'EDMPrecond', '--trust-pickle']),
+    ],
+)
+def test_files_that_hold_no_known_network(tmp_path, content, words):
+    path = tmp_path / 'net.pkl'
+    path.write_bytes(content)
+    outcome = run(f'--outdir={tmp_path}/out', f'--network={path}', '--seeds=0')
+    assert_refused(outcome, tmp_path / 'out', '--network', str(path), *words)
+
+
+@pytest.mark.parametrize('content', [['some', 'list'], {'ema': torch.nn.Linear(2, 2)}, {'net': 1}])
+def test_trusted_files_that_hold_no_network(tmp_path, content):
+    path = tmp_path / 'net.pkl'
+    path.write_bytes(pickle.dumps(content))
+    outcome = run(f'--outdir={tmp_path}/out', f'--network={path}', '--seeds=0', '--trust-pickle')
+    assert_refused(outcome, tmp_path / 'out', '--network', str(path))
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(dnnlib.util, '_cache_root', None)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(dnnlib.util, '_FIRST_PAUSE', 0.0)
+
+
+@pytest.fixture
+def server(network_files):
+    """A web server that has digits.pkl and nothing else; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == '/digits.pkl'
+            body = (network_files / 'digits.pkl').read_bytes() if found else b'not here'
+            self.send_response(200 if found else 404)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+        thread.join()
+
+
+def test_network_from_a_url(server, own_cache, tmp_path):
+    run_ok(f'--outdir={tmp_path}/out', f'--network={server}/digits.pkl', '--seeds=0', '--steps=1')
+    assert list(pictures(tmp_path / 'out')) == ['000000.png']
+
+
+def test_url_that_the_server_does_not_know(server, own_cache, tmp_path):
+    outcome = run(f'--outdir={tmp_path}/out', f'--network={server}/none.pkl', '--seeds=0')
+    assert_refused(outcome, tmp_path / 'out', '--network', f'{server}/none.pkl', '404')
+
+
+def test_unreachable_url(own_cache, tmp_path):
+    with HTTPServer(('127.0.0.1', 0), BaseHTTPRequestHandler) as httpd:
+        url = f'http://127.0.0.1:{httpd.server_port}/net.pkl'
+    outcome = run(f'--outdir={tmp_path}/out', f'--network={url}', '--seeds=0')
+    assert_refused(outcome, tmp_path / 'out', '--network', url, 'attempt 10 of 10')
+
+
+@pytest.mark.parametrize('outdir', ['file', 'file/below', 'x' * 300])
+def test_unwritable_outdir(network_files, tmp_path, outdir):
+    (tmp_path / 'file').write_text('in the way')
+    outcome = run(f'--outdir={tmp_path}/{outdir}', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=1')
+    assert_refused(outcome, tmp_path / outdir, str(tmp_path / 'file' if 'file' in outdir else tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+    assert (tmp_path / 'file').read_text() == 'in the way'
+
+
+def test_a_failed_write_leaves_nothing_behind(network_files, tmp_path, monkeypatch):
+    def full_disk(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(dnnlib.util.os, 'fsync', full_disk)
+    outcome = run(f'--outdir={tmp_path}', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=1')
+    assert_refused(outcome, tmp_path, 'No space left')

@@ -1,0 +1,667 @@
+"""Reading networks: what is read equals what was written, and no file makes the reader run its code or fall over."""
+
+import copy
+import io
+import pickle
+import pickletools
+import random
+import struct
+import sys
+import warnings
+
+import foreign_edm
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+from torch_utils import network_io, persistence
+from torch_utils.network_io import NetworkFileError
+from training import augment, loss, networks
+
+SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
+SKIPS = SONG | {'embedding_type': 'fourier', 'encoder_type': 'residual', 'resample_filter': [1, 3, 3, 1]}
+ADM = {'model_type': 'DhariwalUNet', 'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
+TINY = {'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
+
+
+def network(class_name='EDMPrecond', **kwargs):
+    net = getattr(networks, class_name)(**{'img_resolution': 8, 'img_channels': 1, **(kwargs or TINY)})
+    return foreign_edm.randomize(net, seed=0).eval().requires_grad_(False)
+
+
+def load(content, path, **kwargs):
+    path.write_bytes(content)
+    return network_io.load_network(str(path), **kwargs)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'net.pkl'
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """Hostile files create this file if anything in them runs."""
+    path = tmp_path / 'marker'
+    yield path
+    assert not path.exists()
+
+
+def outputs(net):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn([2, net.img_channels, net.img_resolution, net.img_resolution], generator=generator)
+    labels = torch.eye(net.label_dim)[:2] if net.label_dim else None
+    return net(3 * x, torch.tensor([0.5, 3.0]), labels)
+
+
+# ----------------------------------------------------------------------------
+# What was written is read.
+
+
+@pytest.mark.parametrize('class_name', network_io.NETWORK_CLASSES)
+@pytest.mark.parametrize('unet', [SONG, SKIPS, ADM], ids=['ddpmpp', 'ncsnpp', 'adm'])
+def test_round_trip(path, class_name, unet):
+    net = network(class_name, **unet, label_dim=3)
+    found = load(pickle.dumps({'ema': net}), path)
+    assert type(found) is type(net)
+    assert found.init_kwargs == net.init_kwargs
+    assert list(found.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), net.state_dict().values(), strict=True))
+    assert torch.equal(outputs(found), outputs(net))
+    assert not found.training
+    assert not any(param.requires_grad for param in found.parameters())
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+@pytest.mark.parametrize('bare', [False, True])
+def test_protocols(path, protocol, bare):
+    net = network()
+    content = pickle.dumps(net if bare else {'ema': net}, protocol=protocol)
+    assert torch.equal(outputs(load(content, path)), outputs(net))
+
+
+@pytest.mark.parametrize('slow_pickler', [False, True])
+def test_training_snapshot(path, slow_pickler):
+    """All that training stores beside the network, and the slow pickler's other choice of opcodes."""
+    net = network(**SONG, augment_dim=9)
+    snapshot = {
+        'ema': net.train().requires_grad_(True),
+        'loss_fn': loss.EDMLoss(),
+        'augment_pipe': augment.AugmentPipe(p=0.1, xflip=1e8, aniso=1),
+        'dataset_kwargs': {'class_name': 'training.dataset.ImageFolderDataset', 'path': 'x.zip', 'max_size': None},
+    }
+    stream = io.BytesIO()
+    (pickle._Pickler if slow_pickler else pickle.Pickler)(stream).dump(snapshot)
+    found = load(stream.getvalue(), path)
+    assert torch.equal(outputs(found), outputs(net.eval()))
+    assert not any(module.training for module in found.modules())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(path, dtype):
+    net = network().to(dtype)
+    found = load(pickle.dumps(net), path)
+    assert all(param.dtype == torch.float32 for param in found.parameters())
+    assert torch.equal(outputs(found), outputs(net.float()))
+
+
+def test_positional_arguments_and_parameters_with_a_gap_in_memory(path):
+    net = networks.EDMPrecond(8, 1, **TINY).eval()
+    weight = net.model.map_layer0.weight
+    net.model.map_layer0.weight = torch.nn.Parameter(torch.randn(*weight.shape[::-1], 2)[:, :, 1].t())
+    assert torch.equal(outputs(load(pickle.dumps(net), path)), outputs(net))
+
+
+def test_random_state_is_left_alone(path):
+    content = pickle.dumps(network())
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    load(content, path)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_reading_is_silent(path, capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        load(pickle.dumps(network()), path)
+    assert caught == []
+    assert capsys.readouterr() == ('', '')
+
+
+# ----------------------------------------------------------------------------
+# Files of others, and the trusting way.
+
+
+@pytest.fixture(scope='module')
+def foreign(tmp_path_factory):
+    """A snapshot from another checkout: (its path, what its network computes there, the file its source creates)."""
+    folder = tmp_path_factory.mktemp('foreign')
+    mark = folder / 'mark'
+    kwargs = {'img_resolution': 8, 'img_channels': 1, 'label_dim': 3, 'augment_dim': 9, **SONG}
+    results = foreign_edm.write_foreign_snapshot(
+        folder / 'net.pkl',
+        'EDMPrecond',
+        kwargs,
+        append_source=f'\nopen({str(mark)!r}, "w").close()\n',
+        numpy_core='numpy.core.multiarray',
+        attributes={'note': 'of another program'},
+    )
+    assert mark.exists()  # the source did run where the file was written
+    mark.unlink()
+    return folder / 'net.pkl', results, mark
+
+
+def test_foreign_snapshot_is_read_without_its_code(foreign):
+    path, results, mark = foreign
+    net = network_io.load_network(str(path))
+    assert not mark.exists()
+    assert type(net) is networks.EDMPrecond
+    found = net(results['x'], results['sigma'], results['class_labels'])
+    assert torch.allclose(found, results['denoised'], rtol=1e-5, atol=1e-5)
+    torch.func.jvp(lambda x: net(x, results['sigma']), (results['x'],), (results['x'],))
+
+
+@pytest.mark.parametrize('numpy_core', ['numpy.core.multiarray', 'numpy._core.multiarray'])
+def test_numpy_numbers_of_both_numpys(path, numpy_core):
+    """numpy 1 and numpy 2 write the same numbers under different names."""
+    content = pickle.dumps(network(**TINY, sigma_data=0.123), protocol=2)
+    number = named(numpy_core, 'scalar') + named('numpy', 'dtype') + text('f8') + b'\x89\x88\x87R'
+    number += b'(K\x03' + text('<') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+    number += b'C\x08' + struct.pack('<d', 0.25) + b'\x86R'
+    changed = content.replace(pickle.BINFLOAT + struct.pack('>d', 0.123), number)
+    assert type(pickle.loads(changed).init_kwargs['sigma_data']) is np.float64
+    found = load(changed, path)
+    assert (found.sigma_data, type(found.sigma_data)) == (0.25, float)
+
+
+def test_trusted_files_run_their_code_and_say_so(foreign, capsys):
+    path, results, mark = foreign
+    net = network_io.load_network(str(path), trust_pickle=True)
+    assert mark.exists()
+    mark.unlink()
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert printed.err == f'--trust-pickle: running the Python code inside {path}\n'
+    assert type(net) is not networks.EDMPrecond
+    assert net.note == 'of another program'
+    assert not net.training
+    assert not any(param.requires_grad for param in net.parameters())
+    found = net(results['x'], results['sigma'], results['class_labels'])
+    assert torch.allclose(found, results['denoised'], rtol=1e-5, atol=1e-5)
+
+
+def test_trusted_files_get_a_forward_mode(foreign):
+    path, results, mark = foreign
+    net = network_io.load_network(str(path), trust_pickle=True)
+    mark.unlink(missing_ok=True)
+    own = network_io.load_network(str(path)).double()
+    x, sigma, labels = (results[key].double() for key in ('x', 'sigma', 'class_labels'))
+    for each in (net.double(), own):
+        _, found = torch.func.jvp(lambda v, each=each: each(v, sigma, labels), (x,), (torch.ones_like(x),))
+        step = 1e-5
+        central = (each(x + step, sigma, labels) - each(x - step, sigma, labels)) / (2 * step)
+        tolerance = 1e-6 if central.dtype == torch.float64 else 2e-2
+        assert (found - central).norm() / central.norm() < tolerance
+
+
+@pytest.mark.parametrize(
+    ('data', 'words'),
+    [
+        (42, 'holds int, not a network'),
+        ({'net': 1}, "no entry 'ema'.*'net'"),
+        (torch.nn.Linear(1, 1), 'img_resolution'),
+    ],
+)
+def test_trusted_files_without_a_network(path, data, words):
+    with pytest.raises(NetworkFileError, match=words):
+        load(pickle.dumps(data), path, trust_pickle=True)
+
+
+@pytest.mark.parametrize('content', [b'', b'\x80\x04', b'garbage', b'\x80\x04cno.such.module\nname\n.'])
+def test_trusted_files_that_do_not_unpickle(path, content):
+    with pytest.raises(NetworkFileError, match='does not unpickle'):
+        load(content, path, trust_pickle=True)
+
+
+# ----------------------------------------------------------------------------
+# Networks that are not what they say.
+
+
+def meta_of(net):
+    """The dict that a persistent object is pickled as, free to be changed; the nested modules are live ones."""
+    meta = copy.deepcopy(net).__reduce__()[1][0]
+    return meta | {'state': dict(meta['state'])}
+
+
+class Stored:
+    """Pickles as the persistent object that `meta` describes."""
+
+    def __init__(self, meta):
+        self.meta = meta
+
+    def __reduce__(self):
+        return persistence._reconstruct_persistent_obj, (self.meta,)
+
+
+def refused(content, path, words=None):
+    with pytest.raises(NetworkFileError, match=words) as info:
+        load(content, path)
+    message = str(info.value)
+    assert message.startswith(f'{path}: ')
+    assert '\n' not in message
+    assert message.isprintable()
+    assert len(message) < 700
+    return message
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'version': 5}, 'version 6'),
+        ({'version': None}, 'version 6'),
+        ({'type': 'function'}, 'version 6'),
+        ({'class_name': 'Precond2'}, "'Precond2'.*--trust-pickle"),
+        ({'class_name': 'SongUNet'}, "'SongUNet'.*--trust-pickle"),
+        ({'class_name': 'evil\nname \x1b[31m'}, r"'evil\\nname \\x1b\[31m'"),
+        ({'class_name': 'VPPrecond'}, 'differs|sigma_data'),
+        ({'state': None}, 'NoneType'),
+        ({'state': {}}, 'arguments'),
+        ({'state': {'_init_args': None, '_init_kwargs': None}}, 'arguments'),
+    ],
+)
+def test_wrong_records(path, changes, words):
+    refused(pickle.dumps({'ema': Stored(meta_of(network(**TINY, sigma_data=0.4)) | changes)}), path, words)
+
+
+def test_record_without_state(path):
+    meta = meta_of(network())
+    del meta['state']
+    refused(pickle.dumps(Stored(meta)), path, 'state')
+
+
+def remove_weight(net):
+    del net.model.map_layer0.weight
+
+
+def remove_module(net):
+    del net.model.map_layer0
+
+
+def extra_weight(net):
+    net.model.register_parameter('extra', torch.nn.Parameter(torch.zeros(3)))
+
+
+def extra_module(net):
+    net.model.enc['extra'] = networks.Linear(2, 2)
+
+
+def other_shape(net):
+    net.model.map_layer0.weight = torch.nn.Parameter(torch.zeros(3, 3))
+
+
+def complex_weight(net):
+    weight = net.model.map_layer0.weight
+    net.model.map_layer0._parameters['weight'] = torch.nn.Parameter(weight.to(torch.complex64))
+
+
+def weight_of_text(net):
+    net.model.map_layer0._parameters['weight'] = 'heavy'
+
+
+def parameters_in_a_list(net):
+    net.model._parameters = [1, 2]
+
+
+def modules_that_are_numbers(net):
+    net.model._modules['map_layer0'] = 7
+
+
+def module_in_itself(net):
+    net.model.enc['loop'] = net.model.enc
+
+
+def module_in_two_places(net):
+    net.model.map_layer1 = net.model.map_layer0
+
+
+def two_modules_in_each_other(net):
+    a, b = torch.nn.ModuleDict(), torch.nn.ModuleDict()
+    a['b1'], a['b2'], b['a1'], b['a2'] = b, b, a, a
+    net.model.enc['a'] = a
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'words'),
+    [
+        (remove_weight, 'Missing key.*map_layer0.weight'),
+        (remove_module, 'Missing key.*map_layer0'),
+        (extra_weight, 'Unexpected key.*extra'),
+        (extra_module, 'Unexpected key.*extra'),
+        (other_shape, 'size mismatch for model.map_layer0.weight'),
+        (complex_weight, 'real numbers'),
+        (weight_of_text, 'found str'),
+        (parameters_in_a_list, 'found list'),
+        (modules_that_are_numbers, 'found int'),
+        (module_in_itself, 'several places'),
+        (module_in_two_places, 'several places'),
+        (two_modules_in_each_other, 'several places'),
+    ],
+)
+def test_spoiled_networks(path, spoil, words):
+    net = network()
+    spoil(net)
+    refused(pickle.dumps({'ema': net}), path, words)
+
+
+BAD_VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    float('nan'),
+    '',
+    'x',
+    b'x',
+    [],
+    [0],
+    [-1],
+    {},
+    {'x': 1},
+    (),
+    [[]],
+    'SongUNet',
+]
+ARGUMENTS = ['img_resolution', 'img_channels', 'label_dim', 'sigma_data', 'model_type', 'model_channels', 'num_blocks']
+ARGUMENTS += ['channel_mult', 'channel_mult_emb', 'attn_resolutions', 'dropout', 'use_fp16', 'class_name', 'shape', '']
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.dictionaries(st.sampled_from(ARGUMENTS), st.sampled_from(BAD_VALUES), min_size=1, max_size=2))
+def test_any_arguments(tmp_path_factory, changes):
+    meta = meta_of(network())
+    meta['state']['_init_kwargs'] = dict(meta['state']['_init_kwargs']) | changes
+    load_or_refuse(pickle.dumps(Stored(meta)), tmp_path_factory.getbasetemp() / 'arguments.pkl')
+
+
+def load_or_refuse(content, path):
+    try:
+        net = load(content, path)
+    except NetworkFileError:
+        return
+    assert type(net).__name__ in network_io.NETWORK_CLASSES
+
+
+# ----------------------------------------------------------------------------
+# Hostile pickles.
+
+
+class Reduced:
+    """Pickles as a call of `function` with `args`, then BUILD with `state` if there is one."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = function, args, state
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def hostile_calls(marker):
+    import builtins
+    import os
+    import subprocess
+
+    create = f'open({str(marker)!r}, "w").close()'
+    return {
+        'os.system': Reduced(os.system, f'touch {marker}'),
+        'eval': Reduced(builtins.eval, create),
+        'exec': Reduced(builtins.exec, create),
+        'open': Reduced(builtins.open, str(marker), 'w'),
+        'getattr': Reduced(builtins.getattr, 'text', 'upper'),
+        'subprocess': Reduced(subprocess.call, ['touch', str(marker)]),
+        'import': Reduced(builtins.__import__, 'this'),
+        'torch.load': Reduced(torch.load, str(marker)),
+        'own reader': Reduced(network_io.load_network, str(marker)),
+        'module_from_source': Reduced(persistence.module_from_source, create),
+        'copyreg': Reduced(getattr(sys.modules['copyreg'], '_reconstructor'), dict, dict, {}),  # noqa: B009
+        'numpy object': Reduced(np.frombuffer, b'12345678', 'O'),
+    }
+
+
+@pytest.mark.parametrize('place', ['whole', 'ema', 'other entry', 'weight', 'argument', 'attribute', 'class name'])
+@pytest.mark.parametrize('call', list(hostile_calls('')))
+def test_hostile_calls_anywhere(path, marker, call, place):
+    evil = hostile_calls(marker)[call]
+    net = network()
+    meta = meta_of(net)
+    if place == 'weight':
+        meta['state']['_modules']['model']._parameters['w'] = evil
+    elif place == 'argument':
+        meta['state']['_init_kwargs'] = {'img_resolution': evil}
+    elif place == 'attribute':
+        meta['state']['note'] = evil
+    elif place == 'class name':
+        meta['class_name'] = evil
+    data = {'whole': evil, 'ema': {'ema': evil}, 'other entry': {'ema': net, 'loss_fn': evil}}.get(place, Stored(meta))
+    refused(pickle.dumps(data), path, 'wants to call .*--trust-pickle')
+
+
+def text(value):
+    return pickle.BINUNICODE + struct.pack('<I', len(value)) + value.encode()
+
+
+def named(module, name):
+    return pickle.GLOBAL + f'{module}\n{name}\n'.encode()
+
+
+RECONSTRUCT = named('torch_utils.persistence', '_reconstruct_persistent_obj')
+TENSOR = named('torch._utils', '_rebuild_tensor_v2')
+STORAGE = named('torch.storage', '_load_from_bytes')
+
+
+@pytest.mark.parametrize(
+    'body',
+    {
+        'BUILD on a known function': RECONSTRUCT + b'}' + text('__code__') + b'N' + b's' + b'b',
+        'BUILD on a known class': named('collections', 'OrderedDict') + b'}' + text('x') + b'Nsb',
+        'BUILD on a dict': b'}}b',
+        'BUILD on a list': b']}b',
+        'BUILD on nothing': b'b',
+        'BUILD with a tuple': named('torch.nn.modules.container', 'ModuleDict') + b')R' + b'(K\x01K\x02tb',
+        'BUILD with a short tuple': named('torch.nn.modules.container', 'ModuleDict') + b')R' + b')b',
+        'SETITEM on a function': RECONSTRUCT + b'NNs',
+        'SETITEM on an object': named('torch.nn.modules.container', 'ModuleDict') + b')R' + text('x') + b'Ns',
+        'APPEND to a tuple': b')Na',
+        'APPEND to a set': b'\x8fNa',
+        'ADDITEMS to a dict': b'}(K\x01\x90',
+        'REDUCE of text': text('os.system') + b')R',
+        'REDUCE without a tuple': RECONSTRUCT + b'NR',
+        'REDUCE of a tensor': TENSOR + b')R',
+        'call with nothing': RECONSTRUCT + b')R',
+        'call with text': RECONSTRUCT + text('meta') + b'\x85R',
+        'too many arguments': named('collections', 'OrderedDict') + b'K\x01\x85R',
+        'NEWOBJ of a function': RECONSTRUCT + b')\x81',
+        'NEWOBJ_EX': named('collections', 'OrderedDict') + b')}\x92',
+        'INST': b'(ios\nsystem\n',
+        'OBJ': b'(' + named('os', 'system') + b'o',
+        'EXT1': b'\x82\x01',
+        'persistent id': b'Pname\n',
+        'binary persistent id': text('x') + b'Q',
+        'text integer': b'I1\n',
+        'next buffer': b'\x97',
+        'STACK_GLOBAL of numbers': b'K\x01K\x02\x93',
+        'GLOBAL through a known module': named('torch_utils.persistence', 'sys.modules'),
+        'dotted name': named('torch._utils', '_rebuild_tensor_v2.__globals__'),
+        'newlines in a name': text('os\nError: all is well') + text('system\x1b[2J') + b'\x93',
+        'empty stack': b'',
+        'a lone mark': b'(',
+        'unknown memo': b'h\x07',
+        'mutable key': b'}]Ns',
+        'tuple as key': b'}K\x01\x85Ns',
+        'huge memo': b'Nr\xff\xff\xff\xff',
+        'huge text': b'\x8d' + b'\xff' * 8,
+        'huge bytes': b'\x8e' + b'\xff' * 7 + b'\x7f',
+        'huge frame': b'\x95' + b'\xff' * 8,
+        'future protocol': b'\x80\xff',
+        'numpy object type': named('numpy', 'dtype') + text('O8') + b'\x85R',
+        'numpy scalar without bytes': named('numpy.core.multiarray', 'scalar') + b'N' + b'N\x86R',
+        'odd encoding': named('_codecs', 'encode') + text('x') + text('rot13') + b'\x86R',
+        'encoding of a number': named('_codecs', 'encode') + b'K\x01' + text('latin1') + b'\x86R',
+        'beyond latin1': named('_codecs', 'encode') + text('Ω') + text('latin1') + b'\x86R',
+        'storage of text': STORAGE + text('x') + b'\x85R',
+        'storage of garbage': STORAGE + b'C\x04\x80\x02N.' + b'\x85R',
+        'storage of nothing': STORAGE + b'C\x00' + b'\x85R',
+        'parameter of nothing': named('torch._utils', '_rebuild_parameter') + b')R',
+        'a set of a number': named('builtins', 'set') + b'K\x01\x85R',
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_hostile_opcodes(path, body):
+    refused(b'\x80\x04' + body[1] + b'.', path)
+
+
+def test_deep_nesting(path):
+    """A tuple in a tuple … as a key would overflow the stack of the interpreter's hash function."""
+    deep = b')' + b'\x85' * 300_000
+    for body in (b'}' + deep + b'Ns', b'\x8f(' + deep + b'\x90', named('builtins', 'set') + b'(' + deep + b'ltR', deep):
+        refused(b'\x80\x04' + body + b'.', path)
+    refused(b'\x80\x04' + b']' * 300_000 + b'a' * 299_999 + b'.', path)
+    meta = meta_of(network()) | {'class_name': 0}
+    head, tail = pickle.dumps(Stored(meta), protocol=2).split(text('class_name') + b'q')
+    refused(head + text('class_name') + b'q' + tail[:1] + b']' * 100_000 + b'a' * 99_999 + tail[3:], path)
+
+
+def stored_tensor(storage, offset, size, stride):
+    return Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+
+
+def network_with_weight(make):
+    """A network whose bias of map_layer0 is stored as `make(storage of that bias)`."""
+    net = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        storage = net.model.map_layer0.bias.detach().clone().storage()
+    net.model.map_layer0._parameters['bias'] = make(storage)
+    return pickle.dumps(net)
+
+
+@pytest.mark.parametrize(
+    ('offset', 'size', 'stride'),
+    [
+        (0, (17,), (1,)),
+        (1, (16,), (1,)),
+        (0, (16,), (2,)),
+        (-1, (16,), (1,)),
+        (15, (16,), (-1,)),
+        (0, (-16,), (1,)),
+        (0, (10**12,), (0,)),
+        (0, (10**6, 10**6, 10**6), (0, 0, 0)),
+        (0, (2**63,), (1,)),
+        (2**70, (1,), (1,)),
+        (0, (16,), (1, 1)),
+        (0, (16,), ()),
+        (0, (16.0,), (1,)),
+        (0, (True,), (1,)),
+        (0, None, (1,)),
+        (None, (16,), (1,)),
+        (0, (1,), (1,)),
+    ],
+)
+def test_views_outside_their_storage(path, offset, size, stride):
+    content = network_with_weight(lambda storage: stored_tensor(storage, offset, size, stride))
+    refused(content, path)
+
+
+def test_a_view_inside_its_storage(path):
+    found = load(network_with_weight(lambda storage: stored_tensor(storage, 0, (16,), (1,))), path)
+    assert torch.equal(outputs(found), outputs(network()))
+
+
+@pytest.mark.parametrize('storage', [None, 'text', b'bytes', 3, torch.zeros(16), [0.0] * 16])
+def test_tensors_without_a_storage(path, storage):
+    refused(network_with_weight(lambda _: stored_tensor(storage, 0, (16,), (1,))), path)
+
+
+@pytest.mark.parametrize('new_format', [False, True])
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_hostile_pickle_inside_a_storage(path, marker, new_format, protocol):
+    for evil in hostile_calls(marker).values():
+        stream = io.BytesIO()
+        torch.save({'x': evil}, stream, pickle_protocol=protocol, _use_new_zipfile_serialization=new_format)
+        for inner in (stream.getvalue(), pickle.dumps(evil, protocol=protocol)):
+            storage = Reduced(torch.storage._load_from_bytes, inner)
+            content = network_with_weight(lambda _, storage=storage: stored_tensor(storage, 0, (16,), (1,)))
+            message = refused(content, path, 'damaged or hides code')
+            assert 'weights_only' not in message
+
+
+def test_a_tensor_instead_of_a_storage(path):
+    stream = io.BytesIO()
+    torch.save(torch.zeros(16), stream, _use_new_zipfile_serialization=False)
+    storage = Reduced(torch.storage._load_from_bytes, stream.getvalue())
+    refused(network_with_weight(lambda _: storage), path, 'found Tensor')
+
+
+def test_embedded_source_does_not_run(path, marker):
+    source = f'open({str(marker)!r}, "w").close()\n'
+    net = network()
+    content = pickle.dumps(Stored(meta_of(net) | {'module_src': source}))
+    assert source.encode() in content
+    assert torch.equal(outputs(load(content, path)), outputs(net))
+    before = set(sys.modules)
+    load(content, path)
+    assert set(sys.modules) == before
+
+
+# ----------------------------------------------------------------------------
+# Damaged files.
+
+
+@pytest.fixture(scope='module')
+def small_file(tmp_path_factory):
+    """(content, positions that are structure: not inside source text or numbers, path to write damaged copies to)"""
+    net = network()
+    content = pickle.dumps({'ema': Stored(meta_of(net) | {'module_src': ''})})
+    structure = []
+    for opcode, argument, position in pickletools.genops(content):
+        length = 2 if isinstance(argument, (str, bytes)) and len(argument) > 40 else 1 + len(str(argument or ''))
+        structure.extend(range(position, min(position + length, len(content))))
+        assert opcode
+    return content, structure, tmp_path_factory.mktemp('damaged') / 'net.pkl'
+
+
+@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.given(data=st.data())
+def test_truncated_files(small_file, data):
+    content, structure, path = small_file
+    length = data.draw(st.integers(0, len(content) - 1) | st.sampled_from(structure))
+    refused(content[:length], path, 'not a pickle|not a readable|damaged|found')
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(data=st.data())
+def test_changed_bytes(small_file, data):
+    content, structure, path = small_file
+    changed = bytearray(content)
+    positions = st.sampled_from(structure) | st.integers(0, len(content) - 1)
+    for position in data.draw(st.lists(positions, min_size=1, max_size=3)):
+        changed[position] = data.draw(st.integers(0, 255))
+    load_or_refuse(bytes(changed), path)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.binary(max_size=200))
+def test_noise(small_file, noise):
+    refused(b'\x80\x04' + noise, small_file[2])
+
+
+def test_errors_of_opening_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        network_io.load_network(str(tmp_path / 'none.pkl'))
+    with pytest.raises(IsADirectoryError):
+        network_io.load_network(str(tmp_path))
