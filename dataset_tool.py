@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import tqdm
 
+import dnnlib
 from training.dataset import DAMAGED, FileTree
 
 # A source yields images, a transform brings each to size, a check compares it with the first one, a writer stores it.
@@ -236,37 +237,29 @@ def encode_png(image: np.ndarray) -> bytes:
 @contextlib.contextmanager
 def zip_writer(dest: str) -> Iterator[Put]:
     """A stored zip archive. The same files give the same bytes."""
-    with appearing_whole(dest) as temp, open(temp, 'wb') as f:
-        with zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as archive:
-            yield lambda name, data: archive.writestr(zip_entry(name), data)
-        f.flush()
-        os.fsync(f.fileno())
+    path = os.path.realpath(dest)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with dnnlib.util.atomic_write(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
+        yield lambda name, data: archive.writestr(zip_entry(name), data)
 
 
 @contextlib.contextmanager
 def folder_writer(dest: str) -> Iterator[Put]:
     """A folder, new or in place of an empty one."""
+    parent, name = os.path.split(os.path.realpath(dest))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=parent) as temp:
 
-    def put(name: str, data: bytes) -> None:
-        path = os.path.join(temp, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'wb') as f:
-            f.write(data)
+        def put(file_name: str, data: bytes) -> None:
+            path = os.path.join(temp, name, file_name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'wb') as f:
+                f.write(data)
 
-    with appearing_whole(dest) as temp:
         yield put
         if os.path.isdir(dest):
             os.rmdir(os.path.realpath(dest))
-
-
-@contextlib.contextmanager
-def appearing_whole(dest: str) -> Iterator[str]:
-    """A temporary path near `dest`, renamed to it when the block ends, deleted when the block fails."""
-    folder, name = os.path.split(os.path.realpath(dest))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=folder) as temp:
-        yield os.path.join(temp, name)
-        os.replace(os.path.join(temp, name), os.path.join(folder, name))
+        os.replace(os.path.join(temp, name), os.path.join(parent, name))
 
 
 def zip_entry(name: str) -> zipfile.ZipInfo:

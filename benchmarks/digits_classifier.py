@@ -8,12 +8,10 @@ at the pictures too (--sheet).
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
+import dnnlib
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +202,8 @@ def make_images(job: Job, network_id: str) -> float:
         message = result.stderr.strip() or f'{missing} is missing'
         raise click.ClickException(f'{" ".join(job.command)}\nfailed (exit status {result.returncode}): {message}')
     record = {'network': network_id, 'options': job.options, 'seconds': seconds}
-    write_whole(job.record, json.dumps(record).encode())
+    with dnnlib.util.atomic_write(job.record) as file:
+        file.write(json.dumps(record).encode())
     return seconds
 
 
@@ -231,18 +231,6 @@ def load_images(paths: list[Path]) -> torch.Tensor:
             return np.array(image)
 
     return torch.from_numpy(np.stack([load(path) for path in paths]))[:, None]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears with all its content or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as temp:
-        file = Path(temp, path.name)
-        with open(file, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(file, path)
 
 
 # Results.
@@ -313,9 +301,8 @@ def contact_sheet(images: torch.Tensor, tiles: int = SHEET_TILES) -> np.ndarray:
 
 def write_sheet(path: str, jobs: list[Job]) -> None:
     sheet = PIL.Image.fromarray(contact_sheet(torch.stack([load_images(job.paths) for job in jobs])))
-    png = io.BytesIO()
-    sheet.save(png, format='png', optimize=True)
-    write_whole(Path(path), png.getvalue())
+    with dnnlib.util.atomic_write(path) as file:
+        sheet.save(file, format='png', optimize=True)
 
 
 # Command line.

@@ -625,10 +625,9 @@ class iDDPMPrecond(Precond):
 
     def round_sigma(self, sigma, return_index=False):
         sigma = torch.as_tensor(sigma)
-        u = self.u.to(torch.float32)
-        index = (sigma.to(u.device, torch.float32).reshape(-1, 1) - u).abs().argmin(dim=1)
-        result = index if return_index else u[index].to(sigma.dtype)
-        return result.reshape(sigma.shape).to(sigma.device)
+        u = self.u.to(sigma.device, torch.float32)  # on sigma's device, because not every device has its dtype
+        index = (sigma.to(torch.float32).reshape(-1, 1) - u).abs().argmin(dim=1).reshape(sigma.shape)
+        return index if return_index else u[index].to(sigma.dtype)
 
     def coefficients(self, sigma):
         c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).to(sigma.dtype)
