@@ -301,6 +301,7 @@ def contact_sheet(images: torch.Tensor, tiles: int = SHEET_TILES) -> np.ndarray:
 
 def write_sheet(path: str, jobs: list[Job]) -> None:
     sheet = PIL.Image.fromarray(contact_sheet(torch.stack([load_images(job.paths) for job in jobs])))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with dnnlib.util.atomic_write(path) as file:
         sheet.save(file, format='png', optimize=True)
 

@@ -157,12 +157,11 @@ class Path:
         return states[steps - 1]
 
 
-# RMS distance from the path's solution at 8, 16, … steps. An independent prototype, with other paths, gave the same to
-# 8 % (rk at 128 steps: 3.8e-4).
+# RMS distance from the path's solution at 8, 16, … steps, from 12,000 paths, and the slope from 16 to 128.
 STRONG_ERRORS = {
-    'euler': ([2.2e-1, 1.2e-1, 6.3e-2, 3.2e-2, 1.6e-2], 1.0),
-    'taylor': ([5.3e-2, 2.2e-2, 8.4e-3, 3.1e-3, 1.2e-3], 1.5),
-    'rk': ([6.5e-2, 2.0e-2, 5.6e-3, 1.6e-3, 4.5e-4], 1.8),
+    'euler': ([2.2e-1, 1.2e-1, 6.2e-2, 3.2e-2, 1.6e-2], 1.0),
+    'taylor': ([5.4e-2, 2.2e-2, 8.9e-3, 3.3e-3, 1.2e-3], 1.4),
+    'rk': ([6.6e-2, 2.0e-2, 5.7e-3, 1.6e-3, 4.6e-4], 1.8),
 }
 
 

@@ -174,7 +174,7 @@ def test_files_of_a_run(data, tmp_path):
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path):
     """Weights bit for bit, with dropout, shuffling, augmentation and Adam's moments in play."""
-    options = ['--cond=1', '--duration=0.006', '--dump=1', '--augment=0.5', '--dropout=0.3', '--lr-rampup=0.001']
+    options = ['--cond=1', '--duration=0.003', '--dump=1', '--augment=0.5', '--dropout=0.3', '--lr-rampup=0.001']
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     run_training(data, whole, *options)
     killed = subprocess.Popen(train_command(data, halves, '--nosubdir', *options), stdout=subprocess.DEVNULL)
@@ -183,10 +183,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not (halves / 'training-state-000006.pt').exists()
-    assert not list(halves.glob('network-snapshot-000006.pkl'))
+    assert not (halves / 'training-state-000003.pt').exists()
+    assert not list(halves.glob('network-snapshot-000003.pkl'))
     run_training(data, halves, *options, f'--resume={halves}')
-    first, second = (torch.load(run / 'training-state-000006.pt', weights_only=True) for run in (whole, halves))
+    first, second = (torch.load(run / 'training-state-000003.pt', weights_only=True) for run in (whole, halves))
     for part in ('net', 'ema'):
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
     assert torch.equal(first['rng'][0]['cpu'], second['rng'][0]['cpu'])
