@@ -268,7 +268,7 @@ def _rebuild(record: Any) -> torch.nn.Module:
         raise NetworkFileError(f'{record.class_name} does not store the arguments it was made with')
     weights = _state_dict(record)
     try:
-        _check_sizes([args, kwargs], limit=max([1024, len(weights), *(n for w in weights.values() for n in w.shape)]))
+        _check_sizes([args, kwargs], limit=max([4096, len(weights), *(n for w in weights.values() for n in w.shape)]))
         with torch.random.fork_rng(devices=[]):  # random weights, to be overwritten: leave the caller's stream alone
             net = dnnlib.util.construct_class_by_name(*args, class_name=NETWORK_CLASSES[record.class_name], **kwargs)
         net.load_state_dict(weights)
