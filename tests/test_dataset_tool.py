@@ -450,6 +450,7 @@ def test_bad_options(tmp_path, options, message):
 def test_ctrl_c_leaves_nothing(dest):
     code = (
         'import os, signal, dataset_tool\n'
+        'signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored\n'
         'encode, count = dataset_tool.encode_png, iter(range(100))\n'
         'def encode_or_stop(image):\n'
         f'    next(count) < 50 or os.kill(os.getpid(), {int(signal.SIGINT)})\n'
