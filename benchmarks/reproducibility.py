@@ -47,7 +47,7 @@ def generate(outdir: Path, options: list[str], way: tuple[list[str], int, int]) 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--network', help='Network pickle', metavar='PATH|URL', show_default='the shipped MNIST network')
-@click.option('--seeds', help='Random seeds', metavar='LIST', default='0-31')
+@click.option('--seeds', help='Random seeds', metavar='LIST', default='0-15')
 def main(network: str | None, seeds: str) -> None:
     """Compare ways to generate the same images.
 
