@@ -57,7 +57,7 @@ def edm_sampler(
     """
     denoise = sampler_2nd.Denoiser(net, class_labels)
     t_steps = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
-    x = latents.to(state_dtype(latents.device)) * t_steps[0]
+    x = latents.to(sampler_2nd.state_dtype(latents.device)) * t_steps[0]
     for i in range(num_steps):
         t_cur, t_next = t_steps[i : i + 2]
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0
@@ -73,11 +73,6 @@ def edm_sampler(
         if callback is not None:
             callback(i, x, D, t_cur)
     return x
-
-
-def state_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def round_sigma(net, sigma: float) -> float:
@@ -149,7 +144,7 @@ def ablation_sampler(
         return (sigma_deriv / sigma + s_deriv(t) / s(t)) * x - sigma_deriv * s(t) / sigma * D, D
 
     t_steps = [*(curve.sigma_inv(round_sigma(net, sigma)) for sigma in sigmas), 0.0]
-    x = latents.to(state_dtype(latents.device)) * curve.sigma(t_steps[0]) * s(t_steps[0])
+    x = latents.to(sampler_2nd.state_dtype(latents.device)) * curve.sigma(t_steps[0]) * s(t_steps[0])
     for i in range(num_steps):
         t_cur, t_next = t_steps[i : i + 2]
         sigma_cur = curve.sigma(t_cur)
@@ -316,7 +311,6 @@ def image_path(outdir: str, seed: int, subdirs: bool) -> str:
 # From options to a sampler.
 
 ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
-OPTION_NAMES = {'discretization': '--disc', 'num_steps': '--steps'}
 
 
 def choose_sampler(randn_like: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
@@ -335,7 +329,7 @@ def choose_sampler(randn_like: str, options: dict[str, Any]) -> Callable[..., to
         for name in ('S_churn', *ABLATION_OPTIONS):
             if name in given:
                 instead = '--eta sets the noise strength' if name == 'S_churn' else '--scheme sets the integrator'
-                option = OPTION_NAMES.get(name, f'--{name}')
+                option = '--disc' if name == 'discretization' else f'--{name}'
                 raise click.UsageError(f'{option} belongs to --randn_like=db; with --randn_like=ddb, {instead}')
         return partial(sampler_2nd.ito_taylor_sampler, **given)
     for name, instead in [('scheme', '--solver=euler|heun'), ('eta', '--S_churn')]:

@@ -93,7 +93,7 @@ def ito_taylor_sampler(
         raise ValueError(f'S_min={S_min} is above S_max={S_max}')
     if eta < 0:
         raise ValueError(f'eta={eta} is negative')
-    dtype = dtype or (torch.float32 if latents.device.type == 'mps' else torch.float64)
+    dtype = dtype or state_dtype(latents.device)
     sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
     if scheme == 'rk' and any(kappa != 1 for kappa in kappas[:-1]):
@@ -111,6 +111,11 @@ def ito_taylor_sampler(
     if callback is not None:
         callback(num_steps - 1, x, x, sigmas[num_steps - 1])
     return x
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == 'mps' else torch.float64
 
 
 def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
