@@ -3,7 +3,6 @@ import json
 import multiprocessing
 import pickle
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import png, write
 
 import training.dataset
 from training.dataset import Dataset, ImageFolderDataset
@@ -31,25 +31,6 @@ class Numbers(Dataset):
 
     def _read_labels(self):
         return self.labels
-
-
-def png(image):
-    data = io.BytesIO()
-    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(data, format='png')
-    return data.getvalue()
-
-
-def write(path, files):
-    """Write {name: bytes} as a folder, or as an archive if the path ends in .zip."""
-    if path.suffix == '.zip':
-        with zipfile.ZipFile(path, 'w') as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
 
 
 def noise(n, *shape):

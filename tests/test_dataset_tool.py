@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_files import png, write
 
 import dataset_tool
 from training.dataset import ImageFolderDataset
@@ -33,25 +34,6 @@ def convert(source, dest, **options):
     result = run(source=source, dest=dest, **options)
     assert result.exit_code == 0, result.output
     return ImageFolderDataset(dest, use_labels=True)
-
-
-def png(image):
-    data = io.BytesIO()
-    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(data, format='png')
-    return data.getvalue()
-
-
-def write(path, files):
-    """Write {name: bytes} as a folder, or as an archive if the path ends in .zip."""
-    if path.suffix == '.zip':
-        with zipfile.ZipFile(path, 'w') as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
 
 
 def noise(*shape):

@@ -1,0 +1,25 @@
+"""Image files for tests: encoding one, and laying many out as a folder or an archive."""
+
+import io
+import zipfile
+
+import PIL.Image
+
+
+def png(image):
+    data = io.BytesIO()
+    (image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)).save(data, format='png')
+    return data.getvalue()
+
+
+def write(path, files):
+    """Write {name: bytes} as a folder, or as an archive if the path ends in .zip."""
+    if path.suffix == '.zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
