@@ -1,11 +1,13 @@
 """Networks and preconditioners: EDM's numbers, EDM's parameter names, and derivatives in forward mode."""
 
+import collections
 import json
 import math
 import pathlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import networks
 
@@ -130,8 +132,7 @@ ADM = {
 SKIPS = SONG | {'encoder_type': 'skip', 'decoder_type': 'skip', 'resample_filter': [1, 3, 3, 1]}
 
 
-@pytest.mark.parametrize('wrt', ['x', 'sigma'])
-@pytest.mark.parametrize(
+every_network = pytest.mark.parametrize(
     ('class_name', 'kwargs'),
     [
         ('EDMPrecond', SONG | {'label_dim': 3}),
@@ -143,6 +144,10 @@ SKIPS = SONG | {'encoder_type': 'skip', 'decoder_type': 'skip', 'resample_filter
         ('iDDPMPrecond', ADM),
     ],
 )
+
+
+@pytest.mark.parametrize('wrt', ['x', 'sigma'])
+@every_network
 def test_forward_mode_agrees_with_a_central_difference(class_name, kwargs, wrt):
     net = noisy_network(class_name, **kwargs)
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
@@ -163,6 +168,85 @@ def test_forward_mode_agrees_with_a_central_difference(class_name, kwargs, wrt):
     assert torch.equal(out, f(primal))
     assert float(reference.norm()) > 1e-3
     assert float((jvp - reference).norm() / reference.norm()) < 1e-6
+
+
+def jvp_in_x_and_sigma(net):
+    """JVP of a network in float32 along fixed tangents in x and sigma."""
+    x, tangent = torch.randn([2, 2, 1, 8, 8], generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(3)[[0, 2]] if net.label_dim else None
+    sigma = torch.tensor([0.5, 2.0])
+    return torch.func.jvp(lambda x, sigma: net(x, sigma, labels), (x, sigma), (tangent, torch.ones(2)))
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@every_network
+def test_the_rules_of_the_layers_agree_with_those_of_pytorch(class_name, kwargs):
+    net = noisy_network(class_name, **kwargs).float().requires_grad_(False)
+    own_out, own = jvp_in_x_and_sigma(net)  # gradients enabled: PyTorch's rules
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out, jvp = jvp_in_x_and_sigma(net)
+        assert relative(out, own_out) < 1e-6
+        assert relative(jvp, own) < 3e-6
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        out, jvp = jvp_in_x_and_sigma(net)
+    assert out.dtype == jvp.dtype == torch.float32
+    assert 0 < relative(out, own_out) < 0.03
+    assert relative(jvp, own) < 0.06
+
+
+class CountOps(TorchDispatchMode):
+    """How often each operation of PyTorch runs: `counts['aten.convolution']`."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_jvp_needs_two_convolutions_for_one():
+    net = noisy_network('EDMPrecond', **SONG)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.ones(2)
+    with CountOps() as forward:
+        net(x, sigma)
+    with CountOps() as jvp:
+        torch.func.jvp(lambda x: net(x, sigma), (x,), (x,))
+    for op, factor in [('convolution', 2), ('native_group_norm', 1), ('silu', 1), ('_softmax', 1)]:
+        assert jvp.counts[f'aten.{op}'] == factor * forward.counts[f'aten.{op}'] > 0
+
+
+def test_second_derivatives_and_tangents_in_parameters_take_the_rules_of_pytorch():
+    net = noisy_network('EDMPrecond', **SONG)
+    x, sigma = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True), torch.ones(1).double()
+    _, jvp = torch.func.jvp(lambda x: net(x, sigma), (x,), (torch.ones_like(x),))
+    (gradient,) = torch.autograd.grad(jvp.sum(), x)
+    h = 1e-4
+    with torch.no_grad():
+        plus, minus = (torch.func.jvp(lambda x: net(x, sigma), (x + s * h,), (x * 0 + 1,))[1].sum() for s in (1, -1))
+        assert float((plus - minus) / (2 * h)) == pytest.approx(float(gradient.sum()), rel=1e-4)
+
+        weights = dict(net.named_parameters())
+        tangents = {name: torch.full_like(weight, 0.01) for name, weight in weights.items()}
+        call = lambda weights: torch.func.functional_call(net, weights, (x, sigma))  # noqa: E731
+        _, jvp = torch.func.jvp(call, (weights,), (tangents,))
+        plus, minus = (call({name: w + s * h * tangents[name] for name, w in weights.items()}) for s in (1, -1))
+        assert relative(jvp, (plus - minus) / (2 * h)) < 1e-6
+
+
+@torch.no_grad()
+def test_attention_in_slices_is_attention_over_the_whole_batch(monkeypatch):
+    net = noisy_network('EDMPrecond', **ADM | {'label_dim': 3}).float()
+    whole = jvp_in_x_and_sigma(net)
+    monkeypatch.setattr(networks, '_CACHED_WEIGHTS', 1)
+    sliced = jvp_in_x_and_sigma(net)
+    assert max(relative(a, b) for a, b in zip(sliced, whole, strict=True)) < 1e-6
 
 
 def test_iddpm_noise_conditioning_has_zero_derivative():

@@ -1,8 +1,9 @@
 """Denoising U-Nets (DDPM++, NCSN++, ADM) and the preconditioners that turn them into denoisers D(x; σ).
 
 Every class is stored inside network pickles together with this file's text, so the file stands alone: it imports
-torch and `torch_utils.persistence` only. All of it is built from plain tensor operations, so that forward-mode
-derivatives (`torch.func.jvp`) pass through in x and in σ. `net.double()` makes a network compute in float64.
+torch and `torch_utils.persistence` only. Forward-mode derivatives (`torch.func.jvp`) pass through in x and in σ; where
+PyTorch's own rules are slow, the layers have theirs (see `_split_dual`; benchmarks/cost.py tells what that saves).
+`net.double()` makes a network compute in float64.
 
 Read it from the bottom: `Precond.forward` is D(x; σ) = c_skip x + c_out F(c_in x; c_noise), F is `SongUNet` or
 `DhariwalUNet`, both chains of `UNetBlock`s.
@@ -14,6 +15,7 @@ preconditioning: Karras et al. 2022 (2206.00364), table 1.
 import math
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, conv_transpose2d, dropout, group_norm, linear, silu
 
 from torch_utils import persistence
@@ -33,6 +35,27 @@ def weight_init(shape, mode, fan_in, fan_out):
     if law == 'uniform':
         return math.sqrt(3 * variance) * (2 * torch.rand(*shape) - 1)
     return math.sqrt(variance) * torch.randn(*shape)
+
+
+def _split_dual(x, *params):
+    """(x, its tangent) for a layer's forward-mode rule, which returns `forward_ad.make_dual(y, tangent of y)`.
+
+    The tangent is None, and x as it was, where the rule must stand back: outside forward mode; where gradients are
+    enabled, as the rules use kernels without derivatives (call `torch.func.jvp` under `torch.no_grad()`); and where a
+    parameter has a tangent. Then PyTorch's own rules apply.
+    """
+    if torch.is_grad_enabled():
+        return x, None
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is None or any(forward_ad.unpack_dual(param).tangent is not None for param in params):
+        return x, None
+    return primal, tangent
+
+
+def _silu(x):
+    """x/(1 + e^−x). The Jacobian is diagonal, so the kernel of the backward pass gives the forward-mode product too."""
+    x, dx = _split_dual(x)
+    return silu(x) if dx is None else forward_ad.make_dual(silu(x), torch.ops.aten.silu_backward(dx, x))
 
 
 @persistence.persistent_class
@@ -87,6 +110,11 @@ class Conv2d(torch.nn.Module):
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        x, dx = _split_dual(x, *(param for param in (weight, bias) if param is not None))
+        y = self._convolve(x, weight, bias)
+        return y if dx is None else forward_ad.make_dual(y, self._convolve(dx, weight, None))
+
+    def _convolve(self, x, weight, bias):
         f = None if self.resample_filter is None else self.resample_filter.to(x.dtype)
         f_pad = 0 if f is None else (f.shape[-1] - 1) // 2
         w_pad = 0 if weight is None else weight.shape[-1] // 2
@@ -123,7 +151,14 @@ class GroupNorm(torch.nn.Module):
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return group_norm(x, self.num_groups, weight, bias, self.eps)
+        x, dx = _split_dual(x, weight, bias)
+        if dx is None:
+            return group_norm(x, self.num_groups, weight, bias, self.eps)
+        # The Jacobian without the affine part is symmetric, so the kernel of the backward pass gives its products.
+        size = [x.shape[0], x.shape[1], x[0, 0].numel(), self.num_groups]
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.eps)
+        dy, _, _ = torch.ops.aten.native_group_norm_backward(dx, x, mean, rstd, None, *size, [True, False, False])
+        return forward_ad.make_dual(y, dy * weight[:, None, None])
 
 
 class AttentionOp:
@@ -137,6 +172,38 @@ class AttentionOp:
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = q.to(wide).transpose(1, 2) @ (k.to(wide) / math.sqrt(k.shape[1]))
         return logits.softmax(dim=2).to(q.dtype)
+
+
+def _attention(q, k, v):
+    """v wᵀ with the weights w of `AttentionOp`.  q, k, v: [B, c, L] → [B, c, L]."""
+    (q, dq), (k, dk), (v, dv) = _split_dual(q), _split_dual(k), _split_dual(v)
+    if dq is None:
+        return torch.cat([vi @ AttentionOp.apply(qi, ki).transpose(1, 2) for qi, ki, vi in _attention_slices(q, k, v)])
+    slices = [_attention_with_tangent(*each) for each in _attention_slices(q, k, v, dq, dk, dv)]
+    return forward_ad.make_dual(torch.cat([a for a, _ in slices]), torch.cat([da for _, da in slices]))
+
+
+def _attention_slices(*tensors):
+    """Slices of the batch whose weights fit into a processor's cache; the whole batch where that does not matter."""
+    batch, _, length = tensors[0].shape
+    on_cpu = tensors[0].device.type == 'cpu' and not torch.is_grad_enabled()
+    size = max(_CACHED_WEIGHTS // length**2, 1) if on_cpu else batch
+    return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
+
+
+_CACHED_WEIGHTS = 2**20  # 4 MB in float32
+
+
+def _attention_with_tangent(q, k, v, dq, dk, dv):
+    """a = v wᵀ and da = dv wᵀ + v dwᵀ.  With the tangent l of the logits: dw = w l − w Σ(w l), sums over the keys."""
+    w = AttentionOp.apply(q, k)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[1])
+    q, k, dq, dk = (each.to(wide) for each in (q * scale, k, dq * scale, dk))
+    wl = w * torch.baddbmm(dq.transpose(1, 2) @ k, q.transpose(1, 2), dk)
+    a = v @ w.transpose(1, 2)
+    da = torch.baddbmm(dv @ w.transpose(1, 2), v, wl.to(v.dtype).transpose(1, 2))
+    return a, torch.addcmul(da, a, wl.sum(dim=2).to(v.dtype)[:, None], value=-1)
 
 
 @persistence.persistent_class
@@ -190,7 +257,7 @@ class UNetBlock(torch.nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
     def forward(self, x, emb):
-        h = self.conv0(silu(self.norm0(x)))
+        h = self.conv0(_silu(self.norm0(x)))
         h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
         h = self.conv1(dropout(h, p=self.dropout, training=self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
@@ -198,16 +265,15 @@ class UNetBlock(torch.nn.Module):
 
     def _modulate(self, h, params):
         if not self.adaptive_scale:
-            return silu(self.norm1(h + params))
+            return _silu(self.norm1(h + params))
         scale, shift = params.chunk(2, dim=1)
-        return silu(self.norm1(h) * (scale + 1) + shift)
+        return _silu(self.norm1(h) * (scale + 1) + shift)
 
     def _attend(self, x):
         # The 3·C channels of qkv run over heads first, then channels of a head, then {q, k, v}.
         heads = [x.shape[0] * self.num_heads, x.shape[1] // self.num_heads, 3, -1]
         q, k, v = self.qkv(self.norm2(x)).reshape(heads).unbind(2)
-        a = v @ AttentionOp.apply(q, k).transpose(1, 2)
-        return self.proj(a.reshape(x.shape))
+        return self.proj(_attention(q, k, v).reshape(x.shape))
 
 
 @persistence.persistent_class
@@ -382,7 +448,7 @@ class SongUNet(torch.nn.Module):
             elif 'aux_norm' in name:
                 tmp = layer(x)
             elif 'aux_conv' in name:
-                tmp = layer(silu(tmp))
+                tmp = layer(_silu(tmp))
                 aux = tmp if aux is None else tmp + aux
             else:
                 if x.shape[1] != layer.in_channels:
@@ -468,7 +534,7 @@ class DhariwalUNet(torch.nn.Module):
             if x.shape[1] != layer.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb)
-        return self.out_conv(silu(self.out_norm(x)))
+        return self.out_conv(_silu(self.out_norm(x)))
 
     def _embed(self, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)

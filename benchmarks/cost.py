@@ -1,0 +1,103 @@
+"""What does a network evaluation with its JVP cost, in plain forward passes?
+
+    python benchmarks/cost.py
+
+Every network runs in two ways: as it is, and as straightforward eager PyTorch would run it (`plain`: PyTorch's own
+forward-mode rules, attention over the whole batch at once). The four take turns, so that a busy machine slows them all;
+each ratio is the median over the rounds. The last column is the relative distance between the tangents of the two ways.
+`--dtype=bf16` runs the same under autocast.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import torch
+
+from torch_utils import network_io
+from training import networks
+
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
+        32, 3, model_type='SongUNet', augment_dim=9, model_channels=64, channel_mult=[2, 2, 2], dropout=0.13
+    ),
+    'the shipped network': lambda: network_io.load_network('ckpts/edm-mnist-32x32-cond-vp.pkl'),
+    'ADM, 64 channels': lambda: networks.EDMPrecond(32, 3, label_dim=10, model_channels=64),
+}
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
+    ours = networks._split_dual, networks._attention_slices
+    networks._split_dual = lambda x, *params: (x, None)
+    networks._attention_slices = lambda *tensors: [tensors]
+    try:
+        yield
+    finally:
+        networks._split_dual, networks._attention_slices = ours
+
+
+def randomize_zeros(net: torch.nn.Module) -> None:
+    """Untrained networks end in layers of (nearly) zeros, which would hide every difference."""
+    torch.manual_seed(0)
+    for weight in net.parameters():
+        if weight.abs().max() < 1e-3:
+            torch.nn.init.normal_(weight, std=0.02)
+
+
+def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each round by way, and the relative distance between the two tangents."""
+    x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution])
+    sigma = torch.linspace(0.1, 2, batch)
+    labels = torch.eye(net.label_dim)[torch.arange(batch) % net.label_dim] if net.label_dim else None
+
+    def forward() -> torch.Tensor:
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            return net(x, sigma, labels)
+
+    def jvp() -> torch.Tensor:
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            return torch.func.jvp(lambda x: net(x, sigma, labels), (x,), (tangent,))[1]
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        for way, call in [('forward', forward), ('jvp', jvp)]:
+            for kind, context in [('ours', contextlib.nullcontext()), ('plain', plain())]:
+                with context:
+                    start = time.perf_counter()
+                    call()
+                    seconds.setdefault(f'{kind} {way}', []).append(time.perf_counter() - start)
+    with plain():
+        expected = jvp()
+    distance = float((jvp() - expected).norm() / expected.norm())
+    return {way: values[1:] for way, values in seconds.items()}, distance  # the first round warms up
+
+
+@click.command()
+@click.option('--batch', type=click.IntRange(min=1), default=16, show_default=True)
+@click.option('--rounds', type=click.IntRange(min=1), default=5, show_default=True)
+@click.option('--dtype', type=click.Choice(['fp32', 'bf16']), default='fp32', show_default=True)
+@torch.no_grad()
+def main(batch: int, rounds: int, dtype: str) -> None:
+    print(f'{"":<30} {"speed-up":>10} {"plain JVP":>15} {"JVP":>15} {"JVP":>10} {"distance":>10}')
+    print(f'{"network":<30} {"of forward":>10} {"/ plain forward":>15} {"/ plain forward":>15} {"/ forward":>10}')
+    for name, make in NETWORKS.items():
+        net = make().eval().requires_grad_(False)
+        randomize_zeros(net)
+        seconds, distance = measure(net, batch, rounds, torch.bfloat16 if dtype == 'bf16' else torch.float32)
+
+        def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
+            return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))
+
+        print(
+            f'{name:<30} {ratio("plain forward", "ours forward"):>10.2f} {ratio("plain jvp", "plain forward"):>15.2f} '
+            f'{ratio("ours jvp", "plain forward"):>15.2f} {ratio("ours jvp", "ours forward"):>10.2f} {distance:>10.1e}'
+        )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,42 @@
+"""The cost benchmark compares what it says it compares."""
+
+import pytest
+import torch
+from test_networks import CountOps
+
+from benchmarks import cost
+from training import networks
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(
+        8, 1, label_dim=3, model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1
+    )
+    cost.randomize_zeros(net.eval().requires_grad_(False))
+    return net
+
+
+def convolutions(net):
+    x, tangent = torch.randn([2, 2, 1, 8, 8])
+    with CountOps() as ops:
+        torch.func.jvp(lambda x: net(x, torch.ones(2)), (x,), (tangent,))
+    return ops.counts['aten.convolution']
+
+
+@torch.no_grad()
+def test_plain_is_pytorch_without_our_rules(net):
+    ours = convolutions(net)
+    with cost.plain():
+        assert 2 * convolutions(net) == 3 * ours  # PyTorch convolves with the zero tangent of the weight as well
+    assert convolutions(net) == ours
+
+
+@torch.no_grad()
+def test_measure_times_four_ways_and_compares_the_tangents(net):
+    seconds, distance = cost.measure(net, batch=2, rounds=2, dtype=torch.float32)
+    assert {way: len(values) for way, values in seconds.items()} == dict.fromkeys(
+        ['ours forward', 'plain forward', 'ours jvp', 'plain jvp'], 2
+    )
+    assert 0 < distance < 1e-5
