@@ -58,6 +58,18 @@ def _silu(x):
     return silu(x) if dx is None else forward_ad.make_dual(silu(x), torch.ops.aten.silu_backward(dx, x))
 
 
+def _scale(x, factor):
+    """x · factor, without the product with a zero tangent that PyTorch's rule computes for a constant factor."""
+    x, dx = _split_dual(x, *([factor] if torch.is_tensor(factor) else []))
+    return x * factor if dx is None else forward_ad.make_dual(x * factor, dx * factor)
+
+
+def _shift(x, offset):
+    """x + offset, without the sum with a zero tangent."""
+    x, dx = _split_dual(x, offset)
+    return x + offset if dx is None else forward_ad.make_dual(x + offset, dx)
+
+
 @persistence.persistent_class
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b, in x's dtype."""
@@ -198,11 +210,10 @@ def _attention_with_tangent(q, k, v, dq, dk, dv):
     """a = v wᵀ and da = dv wᵀ + v dwᵀ.  With the tangent l of the logits: dw = w l − w Σ(w l), sums over the keys."""
     w = AttentionOp.apply(q, k)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scale = 1 / math.sqrt(q.shape[1])
-    q, k, dq, dk = (each.to(wide) for each in (q * scale, k, dq * scale, dk))
-    wl = w * torch.baddbmm(dq.transpose(1, 2) @ k, q.transpose(1, 2), dk)
-    a = v @ w.transpose(1, 2)
-    da = torch.baddbmm(dv @ w.transpose(1, 2), v, wl.to(v.dtype).transpose(1, 2))
+    left = torch.cat([dq, q], dim=1).to(wide) / math.sqrt(q.shape[1])
+    wl = (left.transpose(1, 2) @ torch.cat([k, dk], dim=1).to(wide)).mul_(w)  # in place: this is the largest tensor
+    a, dv_w = (torch.cat([v, dv], dim=1) @ w.transpose(1, 2)).chunk(2, dim=1)
+    da = torch.baddbmm(dv_w, v, wl.to(v.dtype).transpose(1, 2))
     return a, torch.addcmul(da, a, wl.sum(dim=2).to(v.dtype)[:, None], value=-1)
 
 
@@ -260,14 +271,14 @@ class UNetBlock(torch.nn.Module):
         h = self.conv0(_silu(self.norm0(x)))
         h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
         h = self.conv1(dropout(h, p=self.dropout, training=self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
-        return (self._attend(x) + x) * self.skip_scale if self.num_heads else x
+        x = _scale(h + (x if self.skip is None else self.skip(x)), self.skip_scale)
+        return _scale(self._attend(x) + x, self.skip_scale) if self.num_heads else x
 
     def _modulate(self, h, params):
         if not self.adaptive_scale:
-            return _silu(self.norm1(h + params))
+            return _silu(self.norm1(_shift(h, params)))
         scale, shift = params.chunk(2, dim=1)
-        return _silu(self.norm1(h) * (scale + 1) + shift)
+        return _silu(_shift(_scale(self.norm1(h), scale + 1), shift))
 
     def _attend(self, x):
         # The 3·C channels of qkv run over heads first, then channels of a head, then {q, k, v}.
