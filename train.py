@@ -1,4 +1,4 @@
-"""Train a denoising network on a dataset: images → network-snapshot-*.pkl.
+"""Train a denoising network on a dataset: images → network-snapshot-*.pkl or *.safetensors.
 
 The command line becomes a plain config (`training_options.json`), the config becomes a call of
 `training.training_loop.training_loop`.
@@ -93,6 +93,7 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any) -> dict[str, Any]:
         kimg_per_tick=opts.tick,
         snapshot_ticks=opts.snap,
         state_dump_ticks=opts.dump,
+        snapshot_format=opts.format,
         seed=opts.seed,
     )
     if opts.transfer is not None:
@@ -191,9 +192,10 @@ at_least_one = click.IntRange(min=1)
 @click.option('--nosubdir',      help='Write into --outdir itself', is_flag=True)
 @click.option('--tick',          help='Print progress every', metavar='KIMG', type=at_least_one, default=50)
 @click.option('--snap',          help='Save a network every', metavar='TICKS', type=at_least_one, default=50)
+@click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
 @click.option('--dump',          help='Save the training state every', metavar='TICKS', type=at_least_one, default=500)
 @click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(min=0))
-@click.option('--transfer',      help='Start from the weights of this network', metavar='PKL|URL')
+@click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL')
 @click.option('--resume',        help='Go on from this state, or the latest in a folder', metavar='PT|DIR')
 @click.option('-n', '--dry-run', help='Print the config and exit', is_flag=True)
 def main(**kwargs):

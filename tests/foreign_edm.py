@@ -111,7 +111,7 @@ def foreign_sources(attention_function=True, numpy_scalars=True, append_source='
     """{name in `training`: text}: our modules, changed where the other side differs."""
     texts = {name: (ROOT / 'training' / f'{name}.py').read_text() for name in ('networks', 'loss', 'augment')}
     if attention_function:
-        texts['networks'] = _replace_once(r'class AttentionOp:.*?(?=@persistence)', ATTENTION, texts['networks'])
+        texts['networks'] = _replace_once(r'class AttentionOp:.*?(?=^(?:def |@))', ATTENTION, texts['networks'])
     if numpy_scalars:
         texts['networks'] = _replace_once(r'import math\n', 'import math\n\nimport numpy as np\n', texts['networks'])
         texts['networks'] = _replace_once(r'float\(skip_scale\)', 'np.float64(skip_scale)', texts['networks'])
@@ -119,7 +119,7 @@ def foreign_sources(attention_function=True, numpy_scalars=True, append_source='
 
 
 def _replace_once(pattern, replacement, text):
-    text, count = re.subn(pattern, lambda _match: replacement, text, flags=re.DOTALL)
+    text, count = re.subn(pattern, lambda _match: replacement, text, flags=re.DOTALL | re.MULTILINE)
     assert count == 1, f'{pattern!r} stands {count} times in the text'
     return text
 

@@ -1,9 +1,12 @@
 import copy
+import hashlib
+import inspect
 import pickle
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +17,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import dnnlib
-from dnnlib import util
+from dnnlib import downloads, published, util
 
 PUBLISHED = 'https://nvlabs-fi-cdn.nvidia.com/edm/'
 BODY = bytes(range(256)) * 4000
@@ -288,7 +292,7 @@ def test_logger_takes_click_and_progress_bars(tmp_path, capsys):
     with util.Logger(str(tmp_path / 'log.txt'), should_flush=False):
         click.echo('σ by click')
         click.echo('err by click', err=True)
-        list(util.tqdm(range(3), desc='bar'))
+        list(tqdm(range(3), desc='bar'))
         assert not sys.stdout.isatty()
     text = (tmp_path / 'log.txt').read_text('utf-8')
     assert text.startswith('σ by click\nerr by click\n')
@@ -302,13 +306,13 @@ def test_logger_takes_click_and_progress_bars(tmp_path, capsys):
 def _own_cache_and_no_proxy(tmp_path, monkeypatch):
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setattr(util, '_FIRST_PAUSE', 0.001)
+    monkeypatch.setattr('pooch.core.time.sleep', lambda seconds: None)
 
 
 def test_cache_root_in_order_of_preference(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', '/h')
     monkeypatch.setenv('USERPROFILE', '/u')
-    monkeypatch.setattr(util.tempfile, 'tempdir', '/t')
+    monkeypatch.setattr(downloads.tempfile, 'tempdir', '/t')
     util.set_cache_dir('/mine')
     try:
         assert dnnlib.make_cache_dir_path() == '/mine'
@@ -343,10 +347,10 @@ def test_a_cache_filled_beforehand_serves_published_files(tmp_path, path, digest
 
 @given(st.text(), st.text())
 def test_cache_names_are_safe(url, name):
-    cache_name = util._cache_file_name(url, name)
+    cache_name = downloads._cache_file_name(url, name)
     assert re.fullmatch(r'[0-9a-f]{32}_[0-9a-zA-Z._-]{0,128}', cache_name)
     assert len(cache_name) == 33 + min(len(name), 128)
-    assert cache_name[:33] == util._cache_file_name(url, '')
+    assert cache_name[:33] == downloads._cache_file_name(url, '')
 
 
 # Local files.
@@ -365,8 +369,8 @@ def test_open_local_files(tmp_path):
 
 
 def test_drive_letter_in_file_url():
-    assert util._local_path('file:///C:/data/net.pkl') == 'C:/data/net.pkl'
-    assert util._local_path('C:\\data\\net.pkl') == 'C:\\data\\net.pkl'
+    assert downloads._local_path('file:///C:/data/net.pkl') == 'C:/data/net.pkl'
+    assert downloads._local_path('C:\\data\\net.pkl') == 'C:\\data\\net.pkl'
 
 
 @pytest.mark.parametrize('return_filename', [False, True])
@@ -487,7 +491,7 @@ def test_download_once_and_keep(server, cache_dir):
     url = server.url('/dir/net.pkl', sends())
     path = util.open_url(url, cache_dir=str(cache_dir), return_filename=True)
     assert Path(path).read_bytes() == BODY
-    assert names_in(cache_dir) == [util._cache_file_name(url, url)] == [Path(path).name]
+    assert names_in(cache_dir) == [downloads._cache_file_name(url, url)] == [Path(path).name]
     with util.open_url(url, cache_dir=str(cache_dir)) as file:
         assert file.read() == BODY
     assert server.hits['/dir/net.pkl'] == 1
@@ -527,7 +531,7 @@ def test_name_that_the_server_sends(server, cache_dir, header, name):
     url = server.url('/get?id=1', sends(Content_Disposition=header))
     path = util.open_url(url, cache_dir=str(cache_dir), return_filename=True)
     expected = re.sub('[^0-9a-zA-Z-._]', '_', url) if name is None else name
-    assert Path(path).name == f'{util._url_digest(url)}_{expected}'
+    assert Path(path).name == f'{downloads._url_digest(url)}_{expected}'
     assert names_in(cache_dir) == [Path(path).name]
 
 
@@ -535,7 +539,7 @@ def test_ambiguous_cache_is_not_used(server, cache_dir):
     url = server.url('/net.pkl', sends())
     cache_dir.mkdir(parents=True)
     for name in 'ab':
-        (cache_dir / f'{util._url_digest(url)}_{name}').write_bytes(b'old')
+        (cache_dir / f'{downloads._url_digest(url)}_{name}').write_bytes(b'old')
     with util.open_url(url, cache_dir=str(cache_dir)) as file:
         assert file.read() == BODY
     assert server.hits['/net.pkl'] == 1
@@ -544,7 +548,7 @@ def test_ambiguous_cache_is_not_used(server, cache_dir):
 def test_leftover_of_a_killed_download_is_not_used(server, cache_dir):
     url = server.url('/net.pkl', sends())
     cache_dir.mkdir(parents=True)
-    (cache_dir / f'tmp_0_{util._cache_file_name(url, url)}').write_bytes(b'half')
+    (cache_dir / f'tmp_0_{downloads._cache_file_name(url, url)}').write_bytes(b'half')
     with util.open_url(url, cache_dir=str(cache_dir)) as file:
         assert file.read() == BODY
 
@@ -554,6 +558,7 @@ def test_downloads_side_by_side_leave_one_whole_file(server, cache_dir):
     with ThreadPoolExecutor(4) as pool:
         paths = {*pool.map(lambda _: util.open_url(url, str(cache_dir), verbose=False, return_filename=True), range(4))}
     assert names_in(cache_dir) == [Path(path).name for path in paths]
+    assert server.hits['/net.pkl'] == 1
     assert Path(paths.pop()).read_bytes() == BODY
 
 
@@ -567,12 +572,11 @@ def test_transient_failures_are_tried_again(server, cache_dir, failure, capsys):
     path = util.open_url(url, cache_dir=str(cache_dir), return_filename=True)
     assert Path(path).read_bytes() == BODY
     assert names_in(cache_dir) == [Path(path).name]
-    notes = re.findall(r'attempt (\d) of 10 in (\S+) s', capsys.readouterr().err)
-    assert notes == [('2', '0.001'), ('3', '0.002')]
+    assert re.findall(r'attempt (\d) of 10 follows', capsys.readouterr().err) == ['2', '3']
 
 
 def test_silent_server_is_tried_again(server, monkeypatch):
-    monkeypatch.setattr(util, '_TIMEOUT', 0.2)
+    monkeypatch.setattr(downloads, '_TIMEOUT', 0.2)
     assert util.open_url(server.url('/x', stalls, sends()), cache=False).read() == BODY
 
 
@@ -618,7 +622,7 @@ def test_interrupted_download_leaves_nothing(server, cache_dir, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(util, '_sent_file_name', interrupt)
+    monkeypatch.setattr(downloads, '_sent_file_name', interrupt)
     with pytest.raises(KeyboardInterrupt):
         util.open_url(server.url('/net.pkl', sends()), cache_dir=str(cache_dir))
     assert names_in(cache_dir) == []
@@ -631,3 +635,140 @@ def test_progress_goes_to_stderr(server, capsys, verbose):
     assert out == ''
     assert ('net.pkl: 100%' in err) is verbose
     assert bool(err) is verbose
+
+
+def test_one_process_downloads_and_the_others_wait(server, cache_dir):
+    def slow(handler):
+        time.sleep(0.3)
+        sends()(handler)
+
+    url = server.url('/net.pkl', slow)
+    root = str(Path(dnnlib.__file__).parents[1])
+    code = (
+        f'import dnnlib; print(dnnlib.util.open_url({url!r}, {str(cache_dir)!r}, verbose=False, return_filename=True))'
+    )
+    with ThreadPoolExecutor(3) as pool:
+        paths = {*pool.map(lambda _: run_python('-c', code, cwd=root), range(3))}
+    assert server.hits['/net.pkl'] == 1
+    assert names_in(cache_dir) == [Path(path).name for path in paths]
+
+
+def test_cached_files_have_the_usual_permissions(server, cache_dir):
+    path = util.open_url(server.url('/net.pkl', sends()), str(cache_dir), return_filename=True)
+    (cache_dir / 'other').touch()
+    assert Path(path).stat().st_mode == (cache_dir / 'other').stat().st_mode
+
+
+# Hashes, names and the hub.
+
+SHA256 = hashlib.sha256(BODY).hexdigest()
+WRONG = 64 * '0'
+
+
+def test_pinned_hash_that_fits(server, cache_dir):
+    url = server.url('/net.pkl', sends())
+    for _ in range(2):
+        with util.open_url(f'{url}#sha256={SHA256}', str(cache_dir)) as file:
+            assert file.read() == BODY
+    assert server.hits['/net.pkl'] == 1
+    assert names_in(cache_dir) == [downloads._cache_file_name(url, url)]
+
+
+def test_download_with_another_hash_leaves_nothing(server, cache_dir):
+    url = server.url('/net.pkl', sends())
+    with pytest.raises(OSError, match=f'SHA-256 is {SHA256}, not {WRONG}') as info:
+        util.open_url(f'{url}#sha256={WRONG}', str(cache_dir))
+    assert url in str(info.value)
+    assert names_in(cache_dir) == []
+    assert server.hits['/net.pkl'] == 1
+
+
+def test_files_that_are_there_are_checked_too(server, cache_dir, tmp_path):
+    url = server.url('/net.pkl', sends())
+    path = util.open_url(url, str(cache_dir), return_filename=True)
+    for name in (url, path):
+        with pytest.raises(OSError, match=f'SHA-256 is {SHA256}, not {WRONG}'):
+            util.open_url(f'{name}#sha256={WRONG}', str(cache_dir))
+    assert Path(path).read_bytes() == BODY
+
+
+def test_published_files_open_by_name(server, cache_dir, monkeypatch):
+    entry = published.PublishedFile(server.url('/net.pkl', sends()), SHA256)
+    monkeypatch.setitem(published.PUBLISHED, 'a-network', entry)
+    with util.open_url('a-network', str(cache_dir)) as file:
+        assert file.read() == BODY
+    assert util.pinned_hash('a-network') == SHA256
+    with pytest.raises(OSError, match=f'not {WRONG}'):
+        util.open_url(f'a-network#sha256={WRONG}', str(cache_dir))
+    assert util.is_remote(f'a-network#sha256={WRONG}')
+    monkeypatch.setitem(published.PUBLISHED, 'a-network', published.PublishedFile(entry.url, WRONG))
+    with pytest.raises(OSError, match=f'not {WRONG}'):
+        util.open_url('a-network', str(cache_dir))
+
+
+def test_a_local_file_comes_before_a_published_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('edm-ffhq-64x64-uncond-vp').write_bytes(b'mine')
+    with util.open_url('edm-ffhq-64x64-uncond-vp') as file:
+        assert file.read() == b'mine'
+    assert not util.is_remote('edm-ffhq-64x64-uncond-vp')
+
+
+def test_names_of_published_files():
+    assert (
+        published.PUBLISHED['edm-cifar10-32x32-cond-vp'].url == PUBLISHED + 'pretrained/edm-cifar10-32x32-cond-vp.pkl'
+    )
+    assert published.PUBLISHED['fid-ref-cifar10-32x32'].url == PUBLISHED + 'fid-refs/cifar10-32x32.npz'
+    assert downloads._url_digest(published.PUBLISHED['inception-2015-12-05'].url) == '18d9c1159d16cd4cc6adf7db0f2dd2a9'
+    assert len({file.url for file in published.PUBLISHED.values()}) == len(published.PUBLISHED) == 18
+    assert all(re.fullmatch('[0-9a-f]{64}', file.sha256 or WRONG) for file in published.PUBLISHED.values())
+
+
+def test_misspelt_names_are_helped():
+    with pytest.raises(FileNotFoundError, match='published are edm-ffhq-64x64-uncond-v'):
+        util.open_url('edm-ffhq-64x64-uncond')
+
+
+class Hub:
+    """In the place of `huggingface_hub`."""
+
+    class errors:
+        class HfHubHTTPError(OSError):
+            pass
+
+    def __init__(self, path):
+        self.path, self.calls = path, []
+
+    def hf_hub_download(self, repo, name, revision):
+        self.calls.append((repo, name, revision))
+        if repo == 'user/absent':
+            raise self.errors.HfHubHTTPError('404 Client Error.\n\nRepository Not Found')
+        return str(self.path)
+
+
+def test_hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / 'net.pkl')
+    hub.path.write_bytes(BODY)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+    for url in ['hf://user/repo/net.pkl', f'hf://user/repo@v1.0/a/net.pkl#sha256={SHA256}']:
+        with util.open_url(url) as file:
+            assert file.read() == BODY
+    assert hub.calls == [('user/repo', 'net.pkl', None), ('user/repo', 'a/net.pkl', 'v1.0')]
+    with pytest.raises(OSError, match=f'not {WRONG}'):
+        util.open_url(f'hf://user/repo/net.pkl#sha256={WRONG}')
+    with pytest.raises(OSError, match=r'cannot download hf://user/absent/x: 404 Client Error\. Repository Not Found'):
+        util.open_url('hf://user/absent/x')
+    with pytest.raises(ValueError, match='hf://user/repo'):
+        util.open_url('hf://user')
+
+
+def test_hub_without_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(OSError, match="the extra 'hub'"):
+        util.open_url('hf://user/repo/net.pkl')
+
+
+def test_the_hub_has_what_is_asked_of_it():
+    hub = pytest.importorskip('huggingface_hub')
+    assert {'repo_id', 'filename', 'revision'} <= set(inspect.signature(hub.hf_hub_download).parameters)
+    assert issubclass(hub.errors.HfHubHTTPError, Exception)

@@ -1,29 +1,37 @@
 """Reading networks: what is read equals what was written, and no file makes the reader run its code or fall over."""
 
-import copy
+import builtins
 import io
+import json
+import os
 import pickle
 import pickletools
 import random
+import shutil
 import struct
+import subprocess
 import sys
 import warnings
 
+import attacks
+import click.testing
 import foreign_edm
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from attacks import Reduced, Stored, meta_of, named, text
 
-from torch_utils import network_io, persistence
+from torch_utils import network_io, network_pickle, persistence
 from torch_utils.network_io import NetworkFileError
 from training import augment, loss, networks
 
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
 SKIPS = SONG | {'embedding_type': 'fourier', 'encoder_type': 'residual', 'resample_filter': [1, 3, 3, 1]}
 ADM = {'model_type': 'DhariwalUNet', 'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
-TINY = {'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
+TINY = attacks.TINY
 
 
 def network(class_name='EDMPrecond', **kwargs):
@@ -178,6 +186,25 @@ def test_numpy_numbers_of_both_numpys(path, numpy_core):
     assert (found.sigma_data, type(found.sigma_data)) == (0.25, float)
 
 
+def test_unknown_source_is_named(foreign, capsys):
+    path, *_ = foreign
+    [source] = network_pickle.read(path.read_bytes()).sources
+    network_io.load_network(str(path))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'Warning: {path}: the source text of EDMPrecond (SHA-256 {network_io._digest(source)})')
+
+
+def test_weights_and_outputs_are_those_of_the_original_classes(path):
+    """Bit for bit: the file's own code, executed, against the network that is rebuilt."""
+    for class_name in network_io.NETWORK_CLASSES:
+        content = pickle.dumps(network(class_name, **SONG, label_dim=2))
+        path.write_bytes(content.replace(b'import math\n', b'import math;', 1))  # else the text is that of our module
+        original = network_io.load_network(str(path), trust_pickle=True)
+        rebuilt = network_io.load_network(str(path))
+        assert type(original) is not type(rebuilt)
+        assert torch.equal(outputs(rebuilt), outputs(original))
+
+
 def test_trusted_files_run_their_code_and_say_so(foreign, capsys):
     path, results, mark = foreign
     net = network_io.load_network(str(path), trust_pickle=True)
@@ -185,7 +212,8 @@ def test_trusted_files_run_their_code_and_say_so(foreign, capsys):
     mark.unlink()
     printed = capsys.readouterr()
     assert printed.out == ''
-    assert printed.err == f'--trust-pickle: running the Python code inside {path}\n'
+    assert f'--trust-pickle: running the Python code inside {path}\n(SHA-256 ' in printed.err
+    assert printed.err.count(78 * '*') == 2
     assert type(net) is not networks.EDMPrecond
     assert net.note == 'of another program'
     assert not net.training
@@ -227,29 +255,129 @@ def test_trusted_files_that_do_not_unpickle(path, content):
         load(content, path, trust_pickle=True)
 
 
+@pytest.mark.parametrize('url', ['http://127.0.0.1:9/net.pkl', 'hf://user/repo/net.pkl', 'edm-cifar10-32x32-cond-vp'])
+def test_trust_in_a_server_needs_a_hash(url):
+    with pytest.raises(NetworkFileError, match='#sha256='):
+        network_io.load_network(url, trust_pickle=True)
+
+
+# ----------------------------------------------------------------------------
+# safetensors, inspection, conversion.
+
+
+def tool(*args):
+    return click.testing.CliRunner().invoke(network_io.main, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize('class_name', network_io.NETWORK_CLASSES)
+def test_safetensors_round_trip(tmp_path, class_name):
+    net = network(class_name, **SKIPS, label_dim=3)
+    path = tmp_path / 'net.safetensors'
+    network_io.save_network(net, path)
+    found = network_io.load_network(str(path), trust_pickle=True)  # there is nothing to trust
+    assert type(found) is type(net)
+    assert found.init_kwargs == net.init_kwargs
+    assert torch.equal(outputs(found), outputs(net))
+    with safetensors.safe_open(path, 'pt') as file:  # by any other reader
+        assert json.loads(file.metadata()['network'])['class_name'] == class_name
+        assert set(file.keys()) == set(net.state_dict())
+
+
+def test_convert_there_and_back(tmp_path, path):
+    net = network(**SONG, label_dim=3)
+    load(pickle.dumps({'ema': net, 'loss_fn': loss.EDMLoss()}, 2), path)
+    middle, last = tmp_path / 'net.safetensors', tmp_path / 'again.pkl'
+    for src, dest in [(path, middle), (middle, last)]:
+        result = tool('convert', src, dest)
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith(f'Wrote {dest}: EDMPrecond, {dest.stat().st_size:,} bytes')
+    assert torch.equal(outputs(network_io.load_network(str(last))), outputs(net))
+
+
+def test_converted_pickles_load_in_another_checkout(tmp_path):
+    """By plain unpickling, where nothing but EDM's `torch_utils` and `dnnlib` can be imported."""
+    net = network(**SONG)
+    network_io.save_network(net, tmp_path / 'net.safetensors')
+    assert tool('convert', tmp_path / 'net.safetensors', tmp_path / 'net.pkl').exit_code == 0
+    shutil.copytree(foreign_edm.TESTS / 'foreign', tmp_path / 'checkout')
+    script = tmp_path / 'checkout' / 'script.py'
+    script.write_text(
+        "import pickle, sys, torch\nsys.modules['training'] = None\n"
+        "net = pickle.load(open('../net.pkl', 'rb'))['ema']\n"
+        'torch.set_num_threads(1)\n'
+        'print(net(torch.ones(1, 1, 8, 8), torch.tensor(2.0)).double().sum().item())\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+    done = subprocess.run(
+        [sys.executable, 'script.py'], cwd=script.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(net(torch.ones(1, 1, 8, 8), torch.tensor(2.0)).double().sum().item())
+
+
+def test_convert_keeps_what_is_there(tmp_path, path):
+    load(pickle.dumps(network()), path)
+    (tmp_path / 'there.pkl').write_bytes(b'mine')
+    for dest, words in [('there.pkl', 'exists already'), ('net.pt', r'ends in .pkl or .safetensors')]:
+        result = tool('convert', path, tmp_path / dest)
+        assert result.exit_code == 2
+        assert words in result.output
+    assert (tmp_path / 'there.pkl').read_bytes() == b'mine'
+    assert not (tmp_path / 'net.pt').exists()
+
+
+def test_inspect_the_shipped_network():
+    result = tool('inspect', foreign_edm.ROOT / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl')
+    assert result.exit_code == 0, 'has the shipped network new source text? list it in KNOWN_SOURCES'
+    rows = dict(line.split(maxsplit=1) for line in result.output.splitlines()[1:])
+    assert rows['class'] == 'EDMPrecond'
+    assert 'label_dim=10' in rows['arguments']
+    assert rows['file'].startswith('pickle of protocol 4')
+    assert rows['unusual'] == 'nothing'
+
+
+def test_inspect_remarks(path):
+    net = network()
+    net.model.map_layer0.bias[0] = float('inf')
+    content = pickle.dumps({'ema': net, 'surprise': 1}).replace(b'import math', b'IMPORT MATH', 1)
+    load(content, path)
+    result = tool('inspect', path)
+    assert result.exit_code == 1
+    assert "1 tensors with infinite or undefined numbers, such as 'model.map_layer0.bias'" in result.output
+    assert "entries that snapshots do not have: 'surprise'" in result.output
+    assert 'source text unknown, SHA-256' in result.output
+
+
+def test_inspect_lists_every_name_that_a_file_calls(path, marker):
+    evil = [Reduced(os.system, f'touch {marker}'), Reduced(builtins.eval, '1')]
+    path.write_bytes(pickle.dumps({'ema': network(), 'loss_fn': evil}))
+    result = tool('inspect', path)
+    assert result.exit_code == 2
+    assert "it calls 'builtins.eval', 'posix.system'" in result.output.replace('nt.system', 'posix.system')
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', b'\x80\x04N.', b'\x80'])
+def test_inspect_what_is_no_network(path, content):
+    path.write_bytes(content)
+    result = tool('inspect', path)
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-1].startswith('refused')
+
+
+def test_inspect_nothing(tmp_path):
+    result = tool('inspect', tmp_path / 'absent.pkl')
+    assert result.exit_code == 2
+    assert result.output.startswith('Error: [Errno 2]')
+
+
 # ----------------------------------------------------------------------------
 # Networks that are not what they say.
-
-
-def meta_of(net):
-    """The dict that a persistent object is pickled as, free to be changed; the nested modules are live ones."""
-    meta = copy.deepcopy(net).__reduce__()[1][0]
-    return meta | {'state': dict(meta['state'])}
-
-
-class Stored:
-    """Pickles as the persistent object that `meta` describes."""
-
-    def __init__(self, meta):
-        self.meta = meta
-
-    def __reduce__(self):
-        return persistence._reconstruct_persistent_obj, (self.meta,)
 
 
 def refused(content, path, words=None):
     with pytest.raises(NetworkFileError, match=words) as info:
         load(content, path)
+    assert attacks.outcome(content, attacks.read_network)[0] == 'refused'
     message = str(info.value)
     assert message.startswith(f'{path}: ')
     assert '\n' not in message
@@ -342,13 +470,13 @@ def two_modules_in_each_other(net):
         (extra_weight, 'Unexpected key.*extra'),
         (extra_module, 'Unexpected key.*extra'),
         (other_shape, 'size mismatch for model.map_layer0.weight'),
-        (complex_weight, 'real numbers'),
+        (complex_weight, 'ComplexFloatStorage'),
         (weight_of_text, 'found str'),
         (parameters_in_a_list, 'found list'),
         (modules_that_are_numbers, 'found int'),
-        (module_in_itself, 'several places'),
+        (module_in_itself, 'contains itself'),
         (module_in_two_places, 'several places'),
-        (two_modules_in_each_other, 'several places'),
+        (two_modules_in_each_other, 'contains itself'),
     ],
 )
 def test_spoiled_networks(path, spoil, words):
@@ -401,21 +529,7 @@ def load_or_refuse(content, path):
 # Hostile pickles.
 
 
-class Reduced:
-    """Pickles as a call of `function` with `args`, then BUILD with `state` if there is one."""
-
-    def __init__(self, function, *args, state=None):
-        self.reduced = function, args, state
-
-    def __reduce__(self):
-        return self.reduced
-
-
 def hostile_calls(marker):
-    import builtins
-    import os
-    import subprocess
-
     create = f'open({str(marker)!r}, "w").close()'
     return {
         'os.system': Reduced(os.system, f'touch {marker}'),
@@ -451,89 +565,20 @@ def test_hostile_calls_anywhere(path, marker, call, place):
     refused(pickle.dumps(data), path, 'wants to call .*--trust-pickle')
 
 
-def text(value):
-    return pickle.BINUNICODE + struct.pack('<I', len(value)) + value.encode()
+VECTORS = {**attacks.attacks(), 'networks': attacks.networks_of_lies()}
+NAMES = [(kind, name) for kind, vectors in VECTORS.items() for name in vectors]
 
 
-def named(module, name):
-    return pickle.GLOBAL + f'{module}\n{name}\n'.encode()
+@pytest.mark.parametrize(('kind', 'name'), NAMES, ids=[f'{kind}: {name}' for kind, name in NAMES])
+def test_attacks(kind, name):
+    result, seconds = attacks.outcome(VECTORS[kind][name], attacks.read_network)
+    assert result == 'refused'
+    assert seconds < 2
 
 
-RECONSTRUCT = named('torch_utils.persistence', '_reconstruct_persistent_obj')
-TENSOR = named('torch._utils', '_rebuild_tensor_v2')
-STORAGE = named('torch.storage', '_load_from_bytes')
-
-
-@pytest.mark.parametrize(
-    'body',
-    {
-        'BUILD on a known function': RECONSTRUCT + b'}' + text('__code__') + b'N' + b's' + b'b',
-        'BUILD on a known class': named('collections', 'OrderedDict') + b'}' + text('x') + b'Nsb',
-        'BUILD on a dict': b'}}b',
-        'BUILD on a list': b']}b',
-        'BUILD on nothing': b'b',
-        'BUILD with a tuple': named('torch.nn.modules.container', 'ModuleDict') + b')R' + b'(K\x01K\x02tb',
-        'BUILD with a short tuple': named('torch.nn.modules.container', 'ModuleDict') + b')R' + b')b',
-        'SETITEM on a function': RECONSTRUCT + b'NNs',
-        'SETITEM on an object': named('torch.nn.modules.container', 'ModuleDict') + b')R' + text('x') + b'Ns',
-        'APPEND to a tuple': b')Na',
-        'APPEND to a set': b'\x8fNa',
-        'ADDITEMS to a dict': b'}(K\x01\x90',
-        'REDUCE of text': text('os.system') + b')R',
-        'REDUCE without a tuple': RECONSTRUCT + b'NR',
-        'REDUCE of a tensor': TENSOR + b')R',
-        'call with nothing': RECONSTRUCT + b')R',
-        'call with text': RECONSTRUCT + text('meta') + b'\x85R',
-        'too many arguments': named('collections', 'OrderedDict') + b'K\x01\x85R',
-        'NEWOBJ of a function': RECONSTRUCT + b')\x81',
-        'NEWOBJ_EX': named('collections', 'OrderedDict') + b')}\x92',
-        'INST': b'(ios\nsystem\n',
-        'OBJ': b'(' + named('os', 'system') + b'o',
-        'EXT1': b'\x82\x01',
-        'persistent id': b'Pname\n',
-        'binary persistent id': text('x') + b'Q',
-        'text integer': b'I1\n',
-        'next buffer': b'\x97',
-        'STACK_GLOBAL of numbers': b'K\x01K\x02\x93',
-        'GLOBAL through a known module': named('torch_utils.persistence', 'sys.modules'),
-        'dotted name': named('torch._utils', '_rebuild_tensor_v2.__globals__'),
-        'newlines in a name': text('os\nError: all is well') + text('system\x1b[2J') + b'\x93',
-        'empty stack': b'',
-        'a lone mark': b'(',
-        'unknown memo': b'h\x07',
-        'mutable key': b'}]Ns',
-        'tuple as key': b'}K\x01\x85Ns',
-        'huge memo': b'Nr\xff\xff\xff\xff',
-        'huge text': b'\x8d' + b'\xff' * 8,
-        'huge bytes': b'\x8e' + b'\xff' * 7 + b'\x7f',
-        'huge frame': b'\x95' + b'\xff' * 8,
-        'future protocol': b'\x80\xff',
-        'numpy object type': named('numpy', 'dtype') + text('O8') + b'\x85R',
-        'numpy scalar without bytes': named('numpy.core.multiarray', 'scalar') + b'N' + b'N\x86R',
-        'odd encoding': named('_codecs', 'encode') + text('x') + text('rot13') + b'\x86R',
-        'encoding of a number': named('_codecs', 'encode') + b'K\x01' + text('latin1') + b'\x86R',
-        'beyond latin1': named('_codecs', 'encode') + text('Ω') + text('latin1') + b'\x86R',
-        'storage of text': STORAGE + text('x') + b'\x85R',
-        'storage of garbage': STORAGE + b'C\x04\x80\x02N.' + b'\x85R',
-        'storage of nothing': STORAGE + b'C\x00' + b'\x85R',
-        'parameter of nothing': named('torch._utils', '_rebuild_parameter') + b')R',
-        'a set of a number': named('builtins', 'set') + b'K\x01\x85R',
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_hostile_opcodes(path, body):
-    refused(b'\x80\x04' + body[1] + b'.', path)
-
-
-def test_deep_nesting(path):
-    """A tuple in a tuple … as a key would overflow the stack of the interpreter's hash function."""
-    deep = b')' + b'\x85' * 300_000
-    for body in (b'}' + deep + b'Ns', b'\x8f(' + deep + b'\x90', named('builtins', 'set') + b'(' + deep + b'ltR', deep):
-        refused(b'\x80\x04' + body + b'.', path)
-    refused(b'\x80\x04' + b']' * 300_000 + b'a' * 299_999 + b'.', path)
-    meta = meta_of(network()) | {'class_name': 0}
-    head, tail = pickle.dumps(Stored(meta), protocol=2).split(text('class_name') + b'q')
-    refused(head + text('class_name') + b'q' + tail[:1] + b']' * 100_000 + b'a' * 99_999 + tail[3:], path)
+@pytest.mark.parametrize('name', ['newlines and escapes', 'look-alike letters'])
+def test_messages_are_safe_to_print(path, name):
+    refused(VECTORS['names'][name], path, 'wants to call')
 
 
 def stored_tensor(storage, offset, size, stride):
@@ -604,7 +649,7 @@ def test_a_tensor_instead_of_a_storage(path):
     stream = io.BytesIO()
     torch.save(torch.zeros(16), stream, _use_new_zipfile_serialization=False)
     storage = Reduced(torch.storage._load_from_bytes, stream.getvalue())
-    refused(network_with_weight(lambda _: storage), path, 'found Tensor')
+    refused(network_with_weight(lambda _: storage), path, 'damaged or hides code')
 
 
 def test_embedded_source_does_not_run(path, marker):

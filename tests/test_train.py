@@ -207,8 +207,8 @@ def test_gradients_accumulate_to_those_of_the_whole_batch(data, tmp_path):
 
 
 def test_transfer_starts_from_the_weights_of_a_network(data, tmp_path):
-    run_training(data, tmp_path / 'first', '--duration=0.001')
-    source = tmp_path / 'first' / 'network-snapshot-000001.pkl'
+    run_training(data, tmp_path / 'first', '--duration=0.001', '--format=safetensors')
+    source = tmp_path / 'first' / 'network-snapshot-000001.safetensors'
     run_training(data, tmp_path / 'second', '--duration=0.00001', f'--transfer={source}')
     nets = [
         network_io.load_network(str(path)) for path in (source, tmp_path / 'second' / 'network-snapshot-000000.pkl')

@@ -1,31 +1,54 @@
-"""Read networks from EDM-style pickles without running the code inside them.
+"""Network files: read without running what is in them, written, inspected, converted.
 
-`load_network` is the way in. It works in two phases. `_Reader` turns the pickle into an inert tree: dicts, lists,
-numbers, tensors, and one `_Object` per pickled object, which keeps a class name and a state but is no instance of that
-class; anything that such files do not need is refused. Then `_rebuild` makes the built-in class of that name from the
-constructor arguments stored in the file, and fills in the weights by name. What the file says its classes do is never
-executed, so the network has this project's code, forward-mode derivatives included.
+`load_network` reads both formats: EDM's pickles (`torch_utils.network_pickle`) and safetensors with the class and its
+arguments as JSON metadata. Either way a file is data, a `StoredNetwork`; `build` makes the built-in class of the stored
+name from the stored arguments, and fills in the weights. What the file says its classes do is never executed, so the
+network has this project's code, forward-mode derivatives included. `save_network` writes both formats.
+
+    python -m torch_utils.network_io inspect FILE|URL
+    python -m torch_utils.network_io convert SRC DEST
 
 `trust_pickle=True` is the other way: plain unpickling, which runs whatever the file contains.
 """
 
-import io
+import copy
+import hashlib
+import inspect as python_inspect
+import json
 import math
 import pickle
+import struct
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import click
+import safetensors.torch
 import torch
+from torch.overrides import TorchFunctionMode
 
 import dnnlib
+from torch_utils import distributed as dist
+from torch_utils import network_pickle, safe_pickle
+from torch_utils.network_pickle import StoredNetwork
 
 NETWORK_CLASSES = {
     name: f'training.networks.{name}' for name in ('EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond')
 }
+
+# Source texts whose classes do what the built-in ones of the same name do: SHA-256 and where the text is from. That of
+# training/networks.py in this checkout is known without an entry.
+KNOWN_SOURCES = {
+    'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
+}
+
+MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
+MAX_LIST = 64
+_METADATA_KEY = 'network'
+_SNAPSHOT_ENTRIES = {'loss_fn', 'augment_pipe', 'dataset_kwargs', 'encoder'}
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class NetworkFileError(ValueError):
@@ -35,296 +58,234 @@ class NetworkFileError(ValueError):
 def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Module:
     """The network in a file: `ema` of a training snapshot, or a bare network. On the CPU, in eval mode, without grad.
 
+    A pickle whose classes have a source text unknown here is read with a warning on stderr: the network does what the
+    built-in class of the same name does.
+
     Args:
-        path_or_url: a network pickle; URLs are downloaded once and cached.
+        path_or_url: a pickle or a safetensors file: what `dnnlib.util.open_url` opens.
         trust_pickle: execute the file's own code instead. For files from people you trust, of classes unknown here.
 
     Raises:
-        NetworkFileError: not a pickle, or not of a known class, or the weights do not fit the class.
+        NetworkFileError: not a network file, or not of a known class, or the weights do not fit the class.
         OSError: the file cannot be opened or downloaded.
     """
+    if trust_pickle:
+        _check_pinned(path_or_url)
     with dnnlib.util.open_url(path_or_url, verbose=True) as file:
-        if trust_pickle:
-            net = _load_trusted(file, path_or_url)
+        data = file.read()
+    try:
+        if trust_pickle and not _is_safetensors(data):
+            net = _load_trusted(data, path_or_url)
         else:
-            try:
-                net = _rebuild(_network_of(_read_tree(file)))
-            except NetworkFileError as err:
-                raise NetworkFileError(f'{path_or_url}: {textwrap.shorten(str(err), 500)}') from None
+            stored = read_network(data)
+            net = build(stored)
+            _warn_of_unknown_source(stored, path_or_url)
+    except ValueError as err:
+        raise NetworkFileError(f'{path_or_url}: {one_line(err)}') from None
     return net.eval().requires_grad_(False)
 
 
-def _network_of(data: Any) -> Any:
-    """The network in a snapshot dict, or `data` itself."""
-    if isinstance(data, dict):
-        if 'ema' not in data:
-            raise NetworkFileError(f"no entry 'ema' in this file; it has {', '.join(map(repr, data)) or 'none'}")
-        return data['ema']
-    return data
+def read_network(data: bytes, unknown: Callable[..., Any] = network_pickle.refuse_name) -> StoredNetwork:
+    """What a network file says, in either format. Raises ValueError."""
+    if _is_pickle(data):
+        return network_pickle.read(data, unknown)
+    if _is_safetensors(data):
+        return _read_safetensors(data)
+    raise NetworkFileError('this is neither a pickle nor a safetensors file, and so not a network file')
 
 
-# ----------------------------------------------------------------------------
-# Phase one: an inert tree.
+def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None:
+    """Write a network of a built-in class, on the CPU; the file appears whole or not at all.
 
+    The ending of `path` is the format: .pkl, which an unmodified EDM checkout reads, with `entries` beside the network
+    (loss_fn, …); or .safetensors, the weights with class and arguments, without `entries`.
 
-@dataclass(eq=False)
-class _Object:
-    """A pickled object as data: the name of its class, and its state once BUILD has delivered it."""
-
-    class_name: str
-    state: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Global:
-    """A name that the pickle may mention: what calling it, or making an instance of it, stands for."""
-
-    call: Callable[..., Any]
-
-
-def _read_tree(file: Any) -> Any:
-    data = file.read()
-    if data[:1] != b'\x80':
-        raise NetworkFileError('this is not a pickle, and so not a network file')
-    try:
-        return _Reader(io.BytesIO(data)).load()
-    except NetworkFileError:
-        raise
-    except Exception as err:  # a damaged or hostile stream can trip the interpreter anywhere
-        raise NetworkFileError(f'this is not a readable network pickle ({type(err).__name__}: {err})') from None
-
-
-def _persistent_object(meta: dict) -> _Object:
-    if not isinstance(meta, dict) or meta.get('type') != 'class' or meta.get('version') != 6:
-        raise NetworkFileError('an object in this file is not stored as a persistent class of format version 6')
-    return _Object(str(meta['class_name']), _expect(meta['state'], dict))
-
-
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
-    """`torch._utils._rebuild_tensor_v2`, which does not check that the view stays inside its storage."""
-    dtype, values = _expect(storage, torch.storage.TypedStorage).dtype, storage._untyped_storage
-    size, stride = (tuple(_expect(n, int) for n in dims) for dims in (size, stride))
-    available = values.nbytes() // dtype.itemsize
-    last = _expect(offset, int) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    inside = min((offset, *size, *stride)) >= 0 and (0 in size or last < available)
-    if not inside or math.prod(size) > available or dtype.is_complex or hooks:
-        raise NetworkFileError(f'a tensor of size {size} and stride {stride} does not fit its storage of real numbers')
-    return torch.empty(0, dtype=dtype).set_(values, offset, size, stride).clone()
-
-
-def _storage(data: bytes) -> torch.storage.TypedStorage:
-    """`torch.storage._load_from_bytes`: a second pickle inside the first, and the stock function would trust it."""
-    stream = io.BytesIO(_expect(data, bytes))
-    try:
-        storage = torch.load(stream, map_location='cpu', weights_only=True)
-    except Exception as err:  # not repeated: PyTorch's message advises the user to drop the protection
-        raise NetworkFileError(f'a tensor in this file is damaged or hides code ({type(err).__name__})') from None
-    return _expect(storage, torch.storage.TypedStorage)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`: how bytes look in pickle protocol 2."""
-    if encoding != 'latin1':
-        raise NetworkFileError(f'bytes in this file are stored in the encoding {encoding!r}')
-    return _expect(text, str).encode('latin1')
-
-
-def _set(items: Any = ()) -> set:
-    return {_key(item) for item in items}
-
-
-def _key(value: Any) -> Any:
-    """What may be hashed. Tuples may not: nested deeply, they would overflow the stack of the interpreter."""
-    return _expect(value, (str, int))
-
-
-def _numpy_scalar(dtype: _Object, data: bytes) -> Any:
-    """A numpy number, as Python's."""
-    code, byte_order = dtype.class_name, dtype.state.get('byte_order', '<')
-    array = np.frombuffer(_expect(data, bytes), dtype=np.dtype(code).newbyteorder(byte_order))
-    if array.size != 1:
-        raise NetworkFileError('a numpy number in this file is damaged')
-    return array[0].item()
-
-
-def _numpy_dtype(code: str, align: bool = False, copy: bool = False) -> _Object:
-    if code not in ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', 'b1'):
-        raise NetworkFileError(f'numpy type {code!r} does not belong in a network file')
-    return _Object(code)
-
-
-def _expect(value: Any, kind: type | tuple[type, ...]) -> Any:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        wanted = ' or '.join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        raise NetworkFileError(f'found {type(value).__name__} where a network file has {wanted}')
-    return value
-
-
-_GLOBALS = {
-    'torch_utils.persistence _reconstruct_persistent_obj': _Global(_persistent_object),
-    'torch._utils _rebuild_parameter': _Global(lambda data, requires_grad, hooks: data),
-    'torch._utils _rebuild_tensor_v2': _Global(_tensor),
-    'torch.storage _load_from_bytes': _Global(_storage),
-    'torch.nn.modules.container ModuleDict': _Global(lambda: _Object('ModuleDict')),
-    'collections OrderedDict': _Global(lambda: {}),
-    'dnnlib.util EasyDict': _Global(lambda: {}),
-    'builtins set': _Global(_set),
-    '__builtin__ set': _Global(_set),
-    '_codecs encode': _Global(_latin1),
-    'numpy dtype': _Global(_numpy_dtype),
-    'numpy.core.multiarray scalar': _Global(_numpy_scalar),
-    'numpy._core.multiarray scalar': _Global(_numpy_scalar),
-}
-
-_OPCODES = """
-    PROTO FRAME MARK STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2
-    LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST EMPTY_SET
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS ADDITEMS SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ
-    BUILD
-"""
-
-
-class _Reader(pickle._Unpickler):
-    """The pure-Python unpickler, cut down to the opcodes that network files use, none of which can touch a live object.
-
-    The one written in C is no basis: there, BUILD changes whatever lies on the stack, and only `find_class` can be
-    replaced.
+    Raises:
+        ValueError: another ending.
     """
+    net = copy.deepcopy(net).cpu()
+    if str(path).endswith('.pkl'):
+        with dnnlib.util.atomic_write(path) as file:
+            pickle.dump({'ema': net, **entries}, file, protocol=4)
+    elif str(path).endswith('.safetensors'):
+        with dnnlib.util.atomic_write(path) as file:
+            file.write(_safetensors(net))
+    else:
+        raise ValueError(f'{path}: the name of a network file ends in .pkl or .safetensors')
 
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-    dispatch: ClassVar[dict[int, Any]] = {
-        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()
-    }
 
-    def find_class(self, module, name):
-        known = _GLOBALS.get(f'{module} {name}')
-        if known is None:
-            raise NetworkFileError(
-                f'this file wants to call {f"{module}.{name}"!r}, which no known network needs; '
-                'if you trust its author, use --trust-pickle'
-            )
-        return known
+def one_line(message: object, width: int = 500) -> str:
+    """The message, shortened, on one line, with nothing in it that a terminal would obey."""
+    text = textwrap.shorten(str(message), width)
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
-    def load_reduce(self):
-        args = self.stack.pop()
-        self.stack[-1] = _expect(self.stack[-1], _Global).call(*_expect(args, tuple))
 
-    def load_build(self):
-        state = self.stack.pop()
-        target = _expect(self.stack[-1], _Object)
-        if isinstance(state, tuple):  # numpy.dtype: (version, byte order, …)
-            state = {'byte_order': _expect(state[1], str)}
-        target.state.update(_expect(state, dict))
+def _is_pickle(data: bytes) -> bool:
+    return data[:1] == pickle.PROTO
 
-    def load_setitems(self):
-        items = self.pop_mark()
-        _expect(self.stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        _expect(self.stack[-1], dict)[_key(key)] = value
-
-    def load_appends(self):
-        items = self.pop_mark()
-        _expect(self.stack[-1], list).extend(items)
-
-    def load_append(self):
-        value = self.stack.pop()
-        _expect(self.stack[-1], list).append(value)
-
-    def load_additems(self):
-        items = self.pop_mark()
-        _expect(self.stack[-1], set).update(map(_key, items))
-
-    dispatch.update(
-        {
-            pickle.REDUCE[0]: load_reduce,
-            pickle.NEWOBJ[0]: load_reduce,
-            pickle.BUILD[0]: load_build,
-            pickle.SETITEM[0]: load_setitem,
-            pickle.SETITEMS[0]: load_setitems,
-            pickle.APPEND[0]: load_append,
-            pickle.APPENDS[0]: load_appends,
-            pickle.ADDITEMS[0]: load_additems,
-        }
-    )
+def _is_safetensors(data: bytes) -> bool:
+    return data[8:9] == b'{'  # after the length of the header
 
 
 # ----------------------------------------------------------------------------
-# Phase two: a network of our own.
+# safetensors.
 
 
-def _rebuild(record: Any) -> torch.nn.Module:
-    """The built-in class that `record` names, made from the arguments it stores, with its weights."""
-    if not isinstance(record, _Object) or record.class_name not in NETWORK_CLASSES:
-        what = record.class_name if isinstance(record, _Object) else type(record).__name__
+def _safetensors(net: Any) -> bytes:
+    description = {'class_name': type(net).__name__, 'init_args': net.init_args, 'init_kwargs': net.init_kwargs}
+    weights = {name: value.detach().contiguous() for name, value in net.state_dict().items()}
+    return safetensors.torch.save(weights, {_METADATA_KEY: json.dumps(description)})
+
+
+def _read_safetensors(data: bytes) -> StoredNetwork:
+    try:
+        weights = safetensors.torch.load(data)  # checks the header as well, which the next lines build upon
+        header = json.loads(data[8 : 8 + struct.unpack('<Q', data[:8])[0]])
+        description = json.loads(header['__metadata__'][_METADATA_KEY])
+        class_name, args, kwargs = (description[name] for name in ('class_name', 'init_args', 'init_kwargs'))
+    except KeyError as err:
+        raise NetworkFileError(f'this safetensors file does not say what network it holds (no {err})') from None
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as err:
+        raise NetworkFileError(f'this safetensors file is damaged ({err})') from None
+    if (type(class_name), type(args), type(kwargs)) != (str, list, dict):
+        raise NetworkFileError('this safetensors file does not say what network it holds')
+    return StoredNetwork(class_name, tuple(args), kwargs, weights)
+
+
+# ----------------------------------------------------------------------------
+# A network of our own.
+
+
+def build(stored: StoredNetwork) -> torch.nn.Module:
+    """The built-in class of the stored name, made from the stored arguments, with the stored weights in float32.
+
+    Raises:
+        NetworkFileError: the class is unknown, or the arguments or the weights do not fit it.
+    """
+    if stored.class_name not in NETWORK_CLASSES:
         raise NetworkFileError(
-            f'network of class {what!r}; known are {", ".join(NETWORK_CLASSES)}; if you trust its author, '
+            f'network of class {stored.class_name!r}; known are {", ".join(NETWORK_CLASSES)}; if you trust its author, '
             'use --trust-pickle, which runs the code inside the file'
         )
-    args, kwargs = record.state.get('_init_args'), record.state.get('_init_kwargs')
-    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-        raise NetworkFileError(f'{record.class_name} does not store the arguments it was made with')
-    weights = _state_dict(record)
+    _check_arguments([stored.init_args, stored.init_kwargs])
+    weights = {name: _float32(name, value) for name, value in stored.weights.items()}
+    network_class = dnnlib.util.get_obj_by_name(NETWORK_CLASSES[stored.class_name])
     try:
-        _check_sizes([args, kwargs], limit=max([4096, len(weights), *(n for w in weights.values() for n in w.shape)]))
-        with torch.random.fork_rng(devices=[]):  # random weights, to be overwritten: leave the caller's stream alone
-            net = dnnlib.util.construct_class_by_name(*args, class_name=NETWORK_CLASSES[record.class_name], **kwargs)
-        net.load_state_dict(weights)
+        with _Blueprint(weights):
+            net = network_class(*stored.init_args, **stored.init_kwargs)
+        net.load_state_dict(weights, assign=True)
     except Exception as err:  # arguments out of a damaged or hostile file can trip the constructor anywhere
-        raise NetworkFileError(f'this {record.class_name} differs from the built-in one ({err})') from None
+        raise NetworkFileError(f'this {stored.class_name} differs from the built-in one ({err})') from None
     return net
 
 
-def _check_sizes(arguments: list[Any], limit: int) -> None:
-    """Refuse numbers of blocks or channels far above what the file has weights for: building them would not end."""
-    pending, seen = arguments, set()
+def _float32(name: str, value: torch.Tensor) -> torch.Tensor:
+    if value.dtype not in _PRECISIONS:
+        raise NetworkFileError(f'the weight {name!r} is of {value.dtype}, not of real numbers')
+    return value.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _check_arguments(arguments: list[Any]) -> None:
+    """Refuse what no network is made with, and numbers for which construction would not end."""
+    pending = [*arguments]
     while pending:
         value = pending.pop()
-        if isinstance(value, int) and value > limit:
+        if isinstance(value, dict):
+            pending.extend((*value, *value.values()))
+        elif isinstance(value, (list, tuple)) and len(value) <= MAX_LIST:
+            pending.extend(value)
+        elif isinstance(value, int) and abs(value) > MAX_ARGUMENT:
             raise NetworkFileError(f'the argument {value} is out of proportion')
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif not isinstance(value, (type(None), bool, int, float, str)) or value != value:
+            raise NetworkFileError(f'an argument is of the type {type(value).__name__}, or no number')
 
 
-def _state_dict(record: _Object) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by dotted name, from the attributes where torch.nn.Module keeps them."""
-    tensors: dict[str, torch.Tensor] = {}
-    pending, seen = [('', record)], set()
-    while pending:
-        prefix, module = pending.pop()
-        if module in seen:
-            raise NetworkFileError(f'the module {prefix[:-1]!r} in this file stands in several places')
-        seen.add(module)
-        for kind in ('_parameters', '_buffers'):
-            for name, value in _expect(module.state.get(kind, {}), dict).items():
-                if value is not None:
-                    tensors[f'{prefix}{name}'] = _expect(value, torch.Tensor)
-        for name, child in _expect(module.state.get('_modules', {}), dict).items():
-            if child is not None:
-                pending.append((f'{prefix}{name}.', _expect(child, _Object)))
-    return tensors
+class _Blueprint(TorchFunctionMode):
+    """Constructs a network without drawing its initial weights, which the file's will replace.
+
+    It gives the constructor zeros in the place of random numbers, and no more tensors and elements than the file has
+    weights for, so that arguments out of proportion end at once.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.tensors = len(weights) + 16
+        self.elements = sum(weight.numel() for weight in weights.values()) + 65536
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.rand, torch.randn):
+            func = torch.zeros
+        if func in (torch.empty, torch.zeros, torch.ones):
+            size = args[0] if args and not isinstance(args[0], int) else args
+            self.tensors -= 1
+            self.elements -= math.prod(size)
+            if min(self.tensors, self.elements) < 0:
+                raise ValueError('its arguments ask for more weights than the file has')
+        return func(*args, **(kwargs or {}))
+
+
+# ----------------------------------------------------------------------------
+# Sources.
+
+
+def unknown_sources(stored: StoredNetwork) -> list[str]:
+    """SHA-256 of the file's source texts that `origin` cannot tell."""
+    return sorted(digest for digest in map(_digest, stored.sources) if origin(digest) is None)
+
+
+def origin(digest: str) -> str | None:
+    """Where the source text with this SHA-256 is from, if that is known."""
+    own = python_inspect.getsource(dnnlib.util.get_obj_by_name('training.networks'))
+    return 'this checkout' if digest == _digest(own) else KNOWN_SOURCES.get(digest)
+
+
+def _digest(source: str) -> str:
+    return hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()
+
+
+def _warn_of_unknown_source(stored: StoredNetwork, name: str) -> None:
+    for digest in unknown_sources(stored):
+        dist.print0(
+            f'Warning: {name}: the source text of {stored.class_name} (SHA-256 {digest}) is unknown and is not run; '
+            'the network does what the built-in class does',
+            file=sys.stderr,
+        )
 
 
 # ----------------------------------------------------------------------------
 # The trusting way.
 
 
-def _load_trusted(file: Any, name: str) -> torch.nn.Module:
-    print(f'--trust-pickle: running the Python code inside {name}', file=sys.stderr)
+def _check_pinned(path_or_url: str) -> None:
+    """What a server sends today need not be what it sent yesterday, so trust in it goes with a hash."""
+    if dnnlib.util.is_remote(path_or_url) and not dnnlib.util.pinned_hash(path_or_url):
+        raise NetworkFileError(
+            f'{path_or_url}: --trust-pickle runs what is in the file, and so wants a local file, '
+            'or the hash of the file after the URL: …#sha256=0123…'
+        )
+
+
+def _load_trusted(data: bytes, name: str) -> torch.nn.Module:
+    stars = 78 * '*'
+    print(
+        f'{stars}\n--trust-pickle: running the Python code inside {name}\n'
+        f'(SHA-256 {hashlib.sha256(data).hexdigest()}), with all that you may do on this computer.\n{stars}',
+        file=sys.stderr,
+    )
     try:
-        net = _network_of(pickle.load(file))
-    except NetworkFileError as err:
-        raise NetworkFileError(f'{name}: {err}') from None
+        net = pickle.loads(data)
     except Exception as err:
-        raise NetworkFileError(f'{name}: the file does not unpickle ({type(err).__name__}: {err})') from err
+        raise NetworkFileError(f'the file does not unpickle ({type(err).__name__}: {err})') from err
+    if isinstance(net, dict):
+        if 'ema' not in net:
+            raise NetworkFileError(f"no entry 'ema' in this file; it has {', '.join(map(repr, net)) or 'none'}")
+        net = net['ema']
     if not isinstance(net, torch.nn.Module):
-        raise NetworkFileError(f'{name}: holds {type(net).__name__}, not a network')
+        raise NetworkFileError(f'holds {type(net).__name__}, not a network')
     missing = [attr for attr in ('img_resolution', 'img_channels', 'label_dim') if not hasattr(net, attr)]
     if missing:
-        raise NetworkFileError(f'{name}: its {type(net).__name__} is no denoiser of images, it has no {missing[0]}')
+        raise NetworkFileError(f'its {type(net).__name__} is no denoiser of images, it has no {missing[0]}')
     _give_attention_a_forward_mode(net)
     return net
 
@@ -336,3 +297,120 @@ def _give_attention_a_forward_mode(net: torch.nn.Module) -> None:
         op = getattr(sys.modules.get(name), 'AttentionOp', None)
         if isinstance(op, type) and issubclass(op, torch.autograd.Function):
             sys.modules[name].AttentionOp = replacement  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------
+# Command line.
+
+
+@click.group(context_settings={'max_content_width': 120})
+def main() -> None:
+    """Inspect network files, and convert them between formats, without running what is in them."""
+
+
+@main.command('inspect')
+@click.argument('file', metavar='FILE|URL')
+@click.pass_context
+def inspect_command(context: click.Context, file: str) -> None:
+    """Say what is in a network file: class, arguments, weights, source, and anything unusual.
+
+    Exit status: 0, it loads and nothing is unusual; 1, it loads, with the remarks printed; 2, it does not load.
+    """
+    data = _read_or_exit(file)
+    names: list[str] = []
+
+    def note(module: str, name: str) -> Callable[..., Any]:
+        names.append(f'{module}.{name}')
+        return lambda *args: safe_pickle.Record('unknown')
+
+    click.echo(f'{file}\n{"file":12s}{_format(data)}, {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
+    remarks: list[str] = []
+    error = None
+    try:
+        stored = read_network(data, note)
+        _describe(stored)
+        remarks = unusual(stored)
+        build(stored)
+    except ValueError as err:
+        error = one_line(err)
+    if names:
+        error = f'it calls {", ".join(map(repr, sorted(set(names))))}' + ('' if error is None else f'; {error}')
+    for remark in remarks or ([] if error else ['nothing']):
+        click.echo(f'{"unusual":12s}{remark}')
+    if error is not None:
+        click.echo(f'{"refused":12s}{one_line(error)}')
+    context.exit(2 if error else 1 if remarks else 0)
+
+
+def unusual(stored: StoredNetwork) -> list[str]:
+    """What a reader of this file should know and most files do not have, one line each."""
+    remarks = [f'source text unknown, SHA-256 {digest}' for digest in unknown_sources(stored)]
+    extra = sorted(set(stored.entries) - _SNAPSHOT_ENTRIES)
+    if extra:
+        remarks.append(f'entries that snapshots do not have: {", ".join(map(repr, extra))}')
+    broken = [name for name, value in stored.weights.items() if not value.isfinite().all()]
+    if broken:
+        remarks.append(f'{len(broken)} tensors with infinite or undefined numbers, such as {broken[0]!r}')
+    return remarks
+
+
+def _describe(stored: StoredNetwork) -> None:
+    arguments = [*map(repr, stored.init_args), *(f'{name}={value!r}' for name, value in stored.init_kwargs.items())]
+    sizes = [value.numel() for value in stored.weights.values()]
+    types = sorted({str(value.dtype).removeprefix('torch.') for value in stored.weights.values()})
+    rows = {
+        'class': stored.class_name,
+        'arguments': ', '.join(arguments),
+        'parameters': f'{sum(sizes):,} with buffers, in {len(sizes)} tensors, {", ".join(types)}',
+    }
+    if stored.sources:
+        digests = map(_digest, sorted(stored.sources))
+        rows['source'] = '; '.join(f'SHA-256 {digest}, {origin(digest) or "unknown"}' for digest in digests)
+    if stored.entries:
+        rows['beside it'] = ', '.join(f'{name}: {kind}' for name, kind in stored.entries.items())
+    for title, text in rows.items():
+        click.echo(f'{title:12s}{one_line(text, 2000)}')
+
+
+def _format(data: bytes) -> str:
+    if _is_pickle(data):
+        return f'pickle of protocol {int.from_bytes(data[1:2], "little")}'
+    return 'safetensors' if _is_safetensors(data) else 'neither pickle nor safetensors'
+
+
+class _CannotRead(click.ClickException):
+    exit_code = 2
+
+    def __init__(self, err: Exception):
+        super().__init__(one_line(err))
+
+
+def _read_or_exit(file: str) -> bytes:
+    try:
+        with dnnlib.util.open_url(file) as opened:
+            return opened.read()
+    except (OSError, ValueError) as err:
+        raise _CannotRead(err) from None
+
+
+@main.command()
+@click.argument('src', metavar='SRC')
+@click.argument('dest', metavar='DEST')
+def convert(src: str, dest: str) -> None:
+    """Write the network of the file or URL SRC to DEST, whose ending is the format: .safetensors or .pkl.
+
+    The weights become float32. What stands beside a network in a snapshot (loss_fn, …) stays behind. An unmodified EDM
+    checkout loads the .pkl, which carries the source text of this project's classes.
+    """
+    if Path(dest).exists():
+        raise _CannotRead(ValueError(f'{dest} exists already'))
+    try:
+        net = load_network(src)
+        save_network(net, dest)
+    except (OSError, ValueError) as err:
+        raise _CannotRead(err) from None
+    click.echo(f'Wrote {dest}: {type(net).__name__}, {Path(dest).stat().st_size:,} bytes')
+
+
+if __name__ == '__main__':
+    main()

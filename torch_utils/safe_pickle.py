@@ -25,7 +25,7 @@ import numpy as np
 
 MAX_BYTES = 8 << 30
 MAX_OPCODES = 400_000  # bounds the stack, the memo and the elements as well; EDM's largest network needs 120,000
-MAX_NODES = 4_000_000  # of the tree, where a part counts as often as it occurs
+MAX_NODES = 1_000_000  # of the tree, where a part counts as often as it occurs
 MAX_DEPTH = 200
 MAX_INT_BYTES = 16
 

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import json
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ def training_loop(
     kimg_per_tick: int = 50,
     snapshot_ticks: int = 50,
     state_dump_ticks: int = 500,
+    snapshot_format: str = 'pkl',
     resume_pkl: str | None = None,
     resume_state_dump: str | None = None,
     cudnn_benchmark: bool = True,
@@ -58,7 +58,8 @@ def training_loop(
     * Learning rate: linear from 0 over the first `lr_rampup_kimg`, constant afterwards.
     * EMA: half-life `ema_halflife_kimg`, at most `ema_rampup_ratio` of the images seen so far.
     * A tick is `kimg_per_tick`. Every `snapshot_ticks` (first after the first step, and at the end) the EMA network is
-      saved as network-snapshot-KIMG.pkl; every `state_dump_ticks` and at the end the state as training-state-KIMG.pt.
+      saved as network-snapshot-KIMG.pkl (with loss and augmentation) or .safetensors (without), by `snapshot_format`;
+      every `state_dump_ticks` and at the end the state as training-state-KIMG.pt.
     * `resume_pkl`: start from the weights of that network. `resume_state_dump`: go on from that state, with the
       random numbers and the data order that an uninterrupted run would have had.
     * `bf16`: run the network under bfloat16 autocast, weights and optimizer in float32.
@@ -115,7 +116,8 @@ def training_loop(
         if done or tick % snapshot_ticks == 0:
             misc.check_ddp_consistency(run.ema)
             if dist.get_rank() == 0:
-                _save_snapshot(os.path.join(run_dir, f'network-snapshot-{kimg}.pkl'), ema=run.ema, **snapshot)
+                path = os.path.join(run_dir, f'network-snapshot-{kimg}.{snapshot_format}')
+                network_io.save_network(run.ema, path, **snapshot)
         if done or (tick > 0 and tick % state_dump_ticks == 0):
             run.save(os.path.join(run_dir, f'training-state-{kimg}.pt'))
         reporter.start_tick()
@@ -165,7 +167,7 @@ class Run:
 
     def save(self, path: str) -> None:
         """Write the state, with the random number generators of all ranks; to be called on every rank."""
-        rng = _gather(_rng_state(next(self.net.parameters()).device))
+        rng = dist.all_gather_object(_rng_state(next(self.net.parameters()).device))
         if dist.get_rank() != 0:
             return
         counters = {name: getattr(self, name) for name in _COUNTERS}
@@ -197,20 +199,6 @@ def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None
     torch.set_rng_state(state['cpu'])
     if device.type in state and device.type != 'cpu':
         getattr(torch, device.type).set_rng_state(state[device.type])
-
-
-def _gather(value: Any) -> list[Any]:
-    values: list[Any] = [value] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _save_snapshot(path: str, ema: torch.nn.Module, **data: Any) -> None:
-    """Pickle `ema` (on the CPU) together with `data`; the file appears whole or not at all."""
-    data = {'ema': copy.deepcopy(ema).cpu(), **data}
-    with dnnlib.util.atomic_write(path) as file:
-        pickle.dump(data, file, protocol=4)
 
 
 # ----------------------------------------------------------------------------
