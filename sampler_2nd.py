@@ -16,20 +16,22 @@ derivative along the probability-flow ODE, and not at all if κ = 1 (E[x0 | x] i
 Put into (1) with J_D frozen at the start of the step, (2) gives the step of `taylor`. It needs two Gaussian variables
 per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for.
 
-Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`; `noise_pair` draws N and Z.
+Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`; `noise_pair` makes N and Z of two
+normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps may change.
 
 Sources: Karras et al. 2022 (arXiv 2206.00364), equations 1 and 6 for (1); Kloeden & Platen 1992, section 10.4 for
 strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinates τ = 1/σ², y = τ x, where (1) with
 κ = 1 reads dy = D dτ + dB.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ['SCHEMES', 'CountCalls', 'ito_taylor_sampler']
+__all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'ito_taylor_sampler']
 
 # ----------------------------------------------------------------------------
 # The loop.
@@ -40,7 +42,7 @@ def ito_taylor_sampler(
     net: Callable[..., torch.Tensor],
     latents: torch.Tensor,
     class_labels: torch.Tensor | None = None,
-    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    randn_like: 'Callable[[torch.Tensor], torch.Tensor] | BrownianPath' = torch.randn_like,
     num_steps: int = 18,
     sigma_min: float = 0.002,
     sigma_max: float = 80,
@@ -70,7 +72,8 @@ def ito_taylor_sampler(
             `sigma_min`, `sigma_max` (its range) and `round_sigma(sigma)` (the levels it knows).
         latents: standard normal, [N, …]; the first state is latents·σ_max.
         class_labels: passed on to `net`.
-        randn_like: called as `randn_like(x)`, once per standard normal of shape and dtype of x that a step needs.
+        randn_like: called as `randn_like(x)`, once per standard normal of shape and dtype of x that a step needs. Or a
+            `BrownianPath`: then the noise depends on its seeds, not on the time steps.
         num_steps: N ≥ 1 noise levels t_i = (σ_max^{1/ρ} + i/(N−1)·(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, then 0.
         sigma_min, sigma_max, rho: see `num_steps`; 0 < sigma_min < sigma_max, rho > 0.
         S_min, S_max: noise is added in steps that start at S_min ≤ t_i ≤ S_max; outside, κ = 0.
@@ -101,10 +104,12 @@ def ito_taylor_sampler(
 
     denoise = Denoiser(net, class_labels)
     x = latents.to(dtype) * sigmas[0]
-    D = None
+    past: list[tuple[float, torch.Tensor]] = []
     for i in range(num_steps - 1):
-        step, noise = SCHEMES[scheme], lambda x=x: S_noise * randn_like(x)
-        x, D = step(denoise, x, D, sigmas[i], sigmas[i + 1], kappas[i], noise)
+        normals = step_normals(randn_like, x, sigmas[i], sigmas[i + 1], kappas[i], scheme)
+        step, noise = SCHEMES[scheme], lambda normals=normals: S_noise * next(normals)
+        x, D = step(denoise, x, past, sigmas[i], sigmas[i + 1], kappas[i], noise)
+        past = [*past[-1:], (sigmas[i], D)]
         if callback is not None:
             callback(i, x, D, sigmas[i])
     x = denoise(x, sigmas[num_steps - 1])
@@ -144,10 +149,11 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
 
 # ----------------------------------------------------------------------------
 # Schemes. A step maps the state x at noise level `sigma` to the state at `sigma_next`, and returns the denoised images
-# it used as well: the next step gets them as `D_lag` (None in the first). `noise()` is a fresh standard normal.
+# it used as well: the next steps get them in `past`, which lists (sigma, D) of the last two steps, or as many as there
+# were, the latest last. `noise()` is a fresh standard normal.
 
 
-def euler_step(denoise, x, D_lag, sigma, sigma_next, kappa, noise):
+def euler_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     """D frozen over the step; the linear part of (1) is solved exactly."""
     h, a = math.log(sigma / sigma_next), 1 + kappa
     D = denoise(x, sigma)
@@ -155,7 +161,7 @@ def euler_step(denoise, x, D_lag, sigma, sigma_next, kappa, noise):
     return math.exp(-a * h) * x - math.expm1(-a * h) * D + N_std * noise(), D
 
 
-def taylor_step(denoise, x, D_lag, sigma, sigma_next, kappa, noise):
+def taylor_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     """Itô–Taylor of strong order 1.5: D moves over the step as (2) says, with its Jacobian frozen.
 
         x' = e^{−ah} x + w D + N + J_D [Z + (1−κ) c (D* − x)] + ∂D/∂σ [−(1−κ) c σ]
@@ -167,32 +173,46 @@ def taylor_step(denoise, x, D_lag, sigma, sigma_next, kappa, noise):
     N, Z = noise_pair(noise(), noise(), kappa, sigma_next, h)
     tangent, sigma_tangent = Z, 0.0
     if kappa != 1:
-        D_star = denoise(x, sigma) if D_lag is None else D_lag
+        D_star = past[-1][1] if past else denoise(x, sigma)
         c = (1 - kappa) * a * h**2 * exp_difference(0, 0, -a * h)
         tangent, sigma_tangent = Z + c * (D_star - x), -c * sigma
     D, correction = denoise.jvp(x, sigma, tangent, sigma_tangent)
     return math.exp(-a * h) * x - math.expm1(-a * h) * D + N + correction, D
 
 
-def rk_step(denoise, x, D_lag, sigma, sigma_next, kappa, noise):
+def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     """The one-third rule, for κ = 1: one evaluation, at a node where Brownian motion has the variance of ΔZ/h.
 
-        τ_m = τ + h/3,   y_m = y + (h/3) D_lag + ΔZ/h,   y' = y + h D(y_m/τ_m; τ_m^{−½}) + ΔB
+        τ_m = τ + h/3,   y_m = y + (h/3) D̂ + ΔZ/h,   y' = y + h D(y_m/τ_m; τ_m^{−½}) + ΔB
 
     in τ = 1/σ², y = τx, with h = τ' − τ and ΔB = √h z₁, ΔZ = ∫(B − B_τ) dτ = h^{3/2} (z₁/2 + z₂/(2√3)).
 
     The node has the marginal law that the network was trained on, its mean is D (a martingale), and its noise enters
-    D as the order 1.5 demands.
+    D as the order 1.5 demands. D̂ predicts D from the past steps.
     """
     z1, z2 = noise(), noise()
-    if D_lag is None:
-        D_lag = denoise(x, sigma)
+    D_hat = predict_D(past, sigma) if past else denoise(x, sigma)
     tau, tau_next = sigma**-2, sigma_next**-2
     h = tau_next - tau
     tau_m = tau + h / 3
     dB, dZ_over_h = math.sqrt(h) * z1, math.sqrt(h) * (z1 / 2 + z2 / math.sqrt(12))
-    D = denoise((tau * x + h / 3 * D_lag + dZ_over_h) / tau_m, tau_m**-0.5)
+    D = denoise((tau * x + h / 3 * D_hat + dZ_over_h) / tau_m, tau_m**-0.5)
     return (tau * x + h * D + dB) / tau_next, D
+
+
+def predict_D(past, sigma):
+    """D at `sigma`, extrapolated from what the last two steps of `rk` used: linear in ln σ, or the last one if alone.
+
+    A step's D is correlated with the noise of its step as D at the middle of the step would be: Cov(ΔZ/h, ΔB) = h/2.
+    With that middle as its time, the extrapolated D has the covariance with x that the true D has, up to second order;
+    the last D alone has not, and nearly all of the error of `rk` would come from there.
+    """
+    (sigma_0, D_0), (sigma_1, D_1) = past[0], past[-1]
+    if len(past) == 1 or sigma_0 == sigma:  # a network that rounds its levels may repeat one
+        return D_1
+    tau_0, tau_1, tau = sigma_0**-2, sigma_1**-2, sigma**-2
+    ahead = math.log(2 * tau / (tau_1 + tau)) / math.log((tau_1 + tau) / (tau_0 + tau_1))
+    return D_1 + ahead * (D_1 - D_0)
 
 
 SCHEMES = {'euler': euler_step, 'taylor': taylor_step, 'rk': rk_step}
@@ -209,25 +229,34 @@ def noise_pair(z1, z2, kappa, sigma_next, h):
     N is the noise that reaches x; Z is the noise that entered D through x during the step, integrated over the rest
     of it.
     """
-    var_N, cov, var_Z = noise_moments(kappa, h)
-    if var_N == 0:
+    if kappa == 0 or h == 0:
         return 0 * z1, 0 * z2
-    std_N = math.sqrt(var_N)
-    rest = math.sqrt(max(var_Z - cov**2 / var_N, 0))
-    return sigma_next * std_N * z1, sigma_next * (cov / std_N * z1 + rest * z2)
+    (N1, _), (Z1, Z2) = noise_factor(kappa, h)
+    return sigma_next * N1 * z1, sigma_next * (Z1 * z1 + Z2 * z2)
 
 
-def noise_moments(kappa, h):
+@functools.lru_cache(maxsize=256)
+def noise_moments(kappa, h, time_integral=False):
     """Var N, Cov(N, Z), Var Z of `noise_pair`, for σ' = 1.
+
+    With `time_integral`, Z is the plain time integral ΔZ of `rk`, in units of x: ∫ (e^{−κq} − e^{−(κ+a)q}) dW with
+    a = 1 + κ takes the place of ∫ (e^q − e^{−κq}) dW.
 
     They are sums of integrals of exponentials that cancel to order h² and h³; as divided differences they do not.
     """
     a = 1 + kappa
-    nodes = [0, -2 * kappa * h, (1 - kappa) * h, 2 * h]
+    top = -kappa if time_integral else 1
     var_N = -math.expm1(-2 * kappa * h)
-    cov = 2 * kappa * a * h**2 * exp_difference(*nodes[:3])
-    var_Z = 4 * kappa * a**2 * h**3 * exp_difference(*nodes)
+    cov = 2 * kappa * a * h**2 * exp_difference(0, (top - kappa - a) * h, (top - kappa) * h)
+    var_Z = 4 * kappa * a**2 * h**3 * exp_difference(0, 2 * (top - a) * h, (2 * top - a) * h, 2 * top * h)
     return var_N, cov, var_Z
+
+
+def noise_factor(kappa, h, time_integral=False):
+    """The lower triangle ((N1, 0), (Z1, Z2)) with N = N1 z₁, Z = Z1 z₁ + Z2 z₂, for σ' = 1."""
+    var_N, cov, var_Z = noise_moments(kappa, h, time_integral)
+    std_N = math.sqrt(var_N)
+    return (std_N, 0.0), (cov / std_N, math.sqrt(max(var_Z - cov**2 / var_N, 0)))
 
 
 def exp_difference(*nodes):
@@ -240,6 +269,151 @@ def exp_difference(*nodes):
     matrix = torch.diag(torch.tensor([node - low for node in nodes], dtype=torch.float64))
     matrix += torch.diag(torch.ones(len(nodes) - 1, dtype=torch.float64), 1)
     return math.exp(low) * float(torch.linalg.matrix_exp(matrix)[0, -1])
+
+
+# ----------------------------------------------------------------------------
+# Noise that does not depend on the time steps.
+
+
+def step_normals(randn_like, x, sigma, sigma_next, kappa, scheme):
+    """Iterate over the standard normals that a step may ask for."""
+    if isinstance(randn_like, BrownianPath):
+        yield from randn_like.normals(x, sigma, sigma_next, kappa, time_integral=scheme == 'rk')
+    else:
+        while True:
+            yield randn_like(x)
+
+
+class BrownianPath:
+    """Brownian motion in λ = −ln σ, a path per seed: one seed gives the same picture at 20 and at 40 steps.
+
+    What a step sees of the path is its (N, Z) of `noise_pair`. The pairs of disjoint intervals are independent, and
+    those of adjacent ones `chain`. So the path is a row of trees, one for each interval [k, k + 1] of λ: the root draws
+    its (N, Z), and a node's halves theirs from the law that they have given the node's (a Brownian bridge of pairs).
+    The normals for it are a hash of seed, interval, node and pixel. Nothing is stored; an answer depends on no other.
+    Leaves have the length 2^−10; inside one, the cut is at the end of the step instead of the middle.
+
+    Exact: the joint law of all steps of any grid with at most one level inside a leaf, and the chaining. Two grids
+    share one path but for what happens inside a leaf where they have unequal levels, less than 1e-3 apart in ln σ. The
+    path belongs to `kappa` and to the kind of Z: schemes share paths only if they share these.
+
+    Args:
+        seeds: an integer for each image of the batch; taken modulo 2^64.
+    """
+
+    DEPTH = 10
+
+    def __init__(self, seeds):
+        self._seeds = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
+
+    def normals(self, x, sigma, sigma_next, kappa, time_integral=False):
+        """The two standard normals, of shape, dtype and device of x, that make the (N, Z) of this step."""
+        h = grid_lambda(sigma_next) - grid_lambda(sigma)
+        if kappa == 0 or h == 0:
+            return torch.zeros_like(x), torch.zeros_like(x)
+        N, Z = (value / sigma_next for value in self.pair(x, sigma, sigma_next, kappa, time_integral))
+        (N1, _), (Z1, Z2) = noise_factor(kappa, h, time_integral)
+        z1 = N / N1
+        return z1.to(x), ((Z - Z1 * z1) / Z2).to(x)
+
+    def pair(self, x, sigma, sigma_next, kappa, time_integral=False):
+        """(N, Z) of the step from `sigma` to `sigma_next`, of the shape of x, in float64.
+
+        Raises:
+            ValueError: x has another number of rows than there are seeds.
+        """
+        if len(x) != len(self._seeds):
+            raise ValueError(f'{len(x)} images, but the path has {len(self._seeds)} seeds')
+        kind, start, stop = (kappa, time_integral), grid_lambda(sigma), grid_lambda(sigma_next)
+        total = None
+        for k in range(math.floor(start), math.ceil(stop)):
+            z1, z2 = self._node_normals((k, 0), x)
+            (N1, _), (Z1, Z2) = noise_factor(kappa, 1, time_integral)
+            value = math.exp(-k - 1) * N1 * z1, math.exp(-k - 1) * (Z1 * z1 + Z2 * z2)
+            part = self._part(x, (start, stop), kind, (k, 1), (k, k + 1), value)
+            total = part if total is None else chain(total, part, kind, min(stop, k + 1) - k)
+        return total
+
+    def _part(self, x, query, kind, node, interval, value):
+        """(N, Z) over the part of the `query` that lies in the interval of a node, given the node's (N, Z)."""
+        (start, stop), (low, high) = query, interval
+        if start <= low and high <= stop:
+            return value
+        tree, index = node
+        cut = (low + high) / 2
+        if index >= 2**self.DEPTH:
+            cut = start if start > low else stop
+        children = self._bridge(x, kind, node, (low, cut, high), value)
+        parts = [
+            self._part(x, query, kind, (tree, 2 * index + i), ends, child)
+            for i, (ends, child) in enumerate(zip([(low, cut), (cut, high)], children, strict=True))
+            if start < ends[1] and ends[0] < stop
+        ]
+        return parts[0] if len(parts) == 1 else chain(parts[0], parts[1], kind, min(stop, high) - cut)
+
+    def _bridge(self, x, kind, node, cuts, value):
+        """(N, Z) of the two children of a node: the first from its normal law given their sum, the second by `chain`.
+
+        With C₁, C₂ their covariances and (N, Z) = G (N, Z)₁ + (N, Z)₂, the precision is P = C₁⁻¹ + Gᵀ C₂⁻¹ G and the
+        mean P⁻¹ Gᵀ C₂⁻¹ (N, Z).
+        """
+        low, cut, high = cuts
+        inverse_1, inverse_2 = (inverse_covariance(kind, *ends) for ends in [(low, cut), (cut, high)])
+        G = chain_matrix(kind, high - cut)
+        covariance = torch.linalg.inv(inverse_1 + G.T @ inverse_2 @ G)
+        (m11, m12), (m21, m22) = (covariance @ G.T @ inverse_2).tolist()
+        (s11, _), (s21, s22) = torch.linalg.cholesky(covariance).tolist()
+        z1, z2 = self._node_normals(node, x)
+        N, Z = value
+        N_1, Z_1 = m11 * N + m12 * Z + s11 * z1, m21 * N + m22 * Z + s21 * z1 + s22 * z2
+        (g11, _), (g21, g22) = G.tolist()
+        return (N_1, Z_1), (N - g11 * N_1, Z - g21 * N_1 - g22 * Z_1)
+
+    def _node_normals(self, node, x):
+        """Two standard normals per pixel of x, by Box and Muller from 53 bits of a hash each."""
+        device = 'cpu' if x.device.type == 'mps' else x.device  # mps has no float64
+        key = torch.tensor(self._seeds, device=device)
+        for part in node:
+            key = mix(key) + part
+        stream = mix(key)[:, None] + torch.arange(2 * x[0].numel(), device=device)
+        uniform = ((mix(stream) >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+        u1, u2 = uniform.reshape(len(x), 2, *x.shape[1:]).unbind(1)
+        radius, angle = (-2 * u1.log()).sqrt_(), 2 * math.pi * u2
+        return radius * angle.cos(), radius * angle.sin()
+
+
+def grid_lambda(sigma):
+    """λ = −ln σ to 2^−30: rounding errors of equal levels must not make intervals of their own."""
+    return round(-math.log(sigma) * 2**30) / 2**30
+
+
+def chain(first, second, kind, h):
+    """(N, Z) of two adjacent intervals together; the second has length h in λ."""
+    (g11, _), (g21, g22) = chain_matrix(kind, h).tolist()
+    return g11 * first[0] + second[0], g21 * first[0] + g22 * first[1] + second[1]
+
+
+def chain_matrix(kind, h):
+    """G with (N, Z) = G (N, Z)₁ + (N, Z)₂ for adjacent intervals, the second of length h in λ."""
+    kappa, time_integral = kind
+    r = math.exp(-(1 + kappa) * h)
+    G = [[r, 0], [r * (1 - r), r * r]] if time_integral else [[r, 0], [1 - r, 1]]
+    return torch.tensor(G, dtype=torch.float64)
+
+
+def inverse_covariance(kind, low, high):
+    """Of (N, Z) over the interval from λ = low to high."""
+    kappa, time_integral = kind
+    var_N, cov, var_Z = (math.exp(-2 * high) * m for m in noise_moments(kappa, high - low, time_integral))
+    return torch.linalg.inv(torch.tensor([[var_N, cov], [cov, var_Z]], dtype=torch.float64))
+
+
+def mix(bits):
+    """Hash of int64 tensors: the finalizer of SplitMix64 (Steele, Lea & Flood 2014), after one step of its counter."""
+    bits = bits * -7046029254386353131 + -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio
+    bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * -7723592293110705685  # 0x94D049BB133111EB
+    return bits ^ ((bits >> 31) & (2**33 - 1))
 
 
 # ----------------------------------------------------------------------------

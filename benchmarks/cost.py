@@ -9,13 +9,17 @@ each ratio is the median over the rounds. The last column is the relative distan
 """
 
 import contextlib
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 from torch_utils import network_io
 from training import networks

@@ -1,0 +1,151 @@
+"""How good are the shipped network's digits, for the same number of network evaluations, with each sampler?
+
+Three measures against the real digits that it was trained on: the Fréchet distance between normal laws fitted to their
+40 leading principal components (pixels of real digits, in [−1, 1]), the sliced Wasserstein distance of pixels over
+200 random directions, and the share of samples that an independent classifier (digits_classifier.py) reads as the class
+asked for. All samplers get the same latents and classes; the error bar is the standard deviation over the seed sets.
+"""
+
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+import generate
+import sampler_2nd
+from benchmarks import digits_classifier, peers
+
+COMPONENTS, DIRECTIONS = 40, 200
+
+
+class Noise:
+    """Standard normals from one generator; a peer that asks by times gets independent increments."""
+
+    def __init__(self, seed, shape):
+        self._generator, self._shape = torch.Generator().manual_seed(seed), shape
+
+    def fresh(self, *_):
+        return torch.randn(self._shape, generator=self._generator, dtype=torch.float64)
+
+    __call__ = fresh
+
+
+class Judge:
+    """The measures. `real`: pixels in [−1, 1], [N, pixels]."""
+
+    def __init__(self, real, classifier, seed=0):
+        self.mean, self.real, self.classifier = real.mean(0), real, classifier
+        self.axes = torch.linalg.svd(real - self.mean, full_matrices=False)[2][:COMPONENTS].T
+        directions = torch.randn(real.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(seed)).to(real)
+        self.directions = directions / directions.norm(dim=0)
+
+    def frechet_distance(self, fake):
+        """|μ − μ'|² + tr(C + C' − 2 (C C')^{1/2}) in the principal components; [N, pixels]."""
+        a, b = ((x - self.mean) @ self.axes for x in (self.real, fake))
+        product = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.clamp(min=0)
+        traces = a.var(0).sum() + b.var(0).sum()
+        return float((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * product.sqrt().sum())
+
+    def sliced_wasserstein(self, fake):
+        """Root mean square, over directions, of the distance between the quantiles of the projections."""
+        q = (torch.arange(200, dtype=fake.dtype) + 0.5) / 200
+        a, b = (torch.quantile(x @ self.directions, q, dim=0) for x in (self.real, fake))
+        return float((a - b).square().mean().sqrt())
+
+    def share_right(self, images, classes):
+        """`images`: uint8 [N, 1, 32, 32]."""
+        return float((digits_classifier.read_digits(self.classifier, images) == classes).double().mean())
+
+
+class Result(NamedTuple):
+    frechet: float
+    sliced: float
+    right: float
+    seconds: float
+
+
+def sample(net, sampler, evaluations, rho, num, seed, batch):
+    """(uint8 [num, 1, 32, 32], classes [num], seconds)"""
+    sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
+    classes = torch.arange(num) % net.label_dim
+    parts, start = [], time.perf_counter()
+    for i, labels in enumerate(torch.eye(net.label_dim)[classes].split(batch)):
+        shape = [len(labels), net.img_channels, net.img_resolution, net.img_resolution]
+        noise, network = Noise(seed * 1_000_000 + i, shape), sampler_2nd.Denoiser(net, labels)
+
+        def denoise(x, sigma, network=network):
+            return network(x, torch.as_tensor(sigma).reshape(-1)[0])
+
+        with torch.no_grad():
+            parts.append(sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise))
+    seconds = time.perf_counter() - start
+    images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()
+    return images, classes, seconds
+
+
+def judge(judge, images, classes, seconds):
+    pixels = images.flatten(1).double() / 127.5 - 1
+    return Result(
+        judge.frechet_distance(pixels),
+        judge.sliced_wasserstein(pixels),
+        judge.share_right(images, classes),
+        seconds / len(images),
+    )
+
+
+def cell(results):
+    """'FD ± sd / SW ± sd / share / s per image'"""
+    columns = np.array(results).T
+    spread = columns.std(axis=1, ddof=1) if len(results) > 1 else np.full(len(columns), np.nan)
+    (fd, sw, right, seconds), (fd_sd, sw_sd, right_sd, _) = columns.mean(axis=1), spread
+    return f'{fd:.2f} ± {fd_sd:.2f} / {sw:.4f} ± {sw_sd:.4f} / {right:.1%} ± {right_sd:.1%} / {seconds:.3f} s'
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
+@click.option('--data', help="Dataset tool's mnist-5k", metavar='ZIP|DIR', default='datasets/mnist-32x32.zip')
+@click.option('--num', help='Digits of each seed set', metavar='INT', type=click.IntRange(min=50), default=5000)
+@click.option('--sets', help='Seed sets', metavar='INT', type=click.IntRange(min=1), default=3)
+@click.option('--evaluations', help='Of the network, per digit', metavar='LIST', default='12,16,24,32')
+@click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
+@click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=100)
+def main(network, data, num, sets, evaluations, rho, names, batch):
+    """Print: Fréchet distance / sliced Wasserstein distance / share read right / seconds per digit.
+
+    \b
+    python dataset_tool.py --source=mnist-5k --dest=datasets/mnist-32x32.zip
+    python benchmarks/digits.py
+    """
+    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    unknown = set(names) - set(samplers)
+    if unknown:
+        raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')
+    net = generate.load_network(network, torch.device('cpu'))
+    counts = generate.parse_int_list(evaluations)
+    try:
+        train, _ = digits_classifier.load_digits(data)
+        classifier, _ = digits_classifier.fit_judge(data)
+    except OSError as err:
+        raise click.ClickException(str(err)) from None
+    real = train.images.flatten(1).double() / 127.5 - 1
+    the_judge = Judge(real, classifier)
+    print('| sampler | ' + ' | '.join(map(str, counts)) + ' |')
+    print('|---' * (len(counts) + 1) + '|')
+    for name in names or samplers:
+        sampler = samplers[name]
+        cells = [
+            cell([judge(the_judge, *sample(net, sampler, n, rho, num, seed, batch)) for seed in range(sets)])
+            for n in counts
+        ]
+        print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,136 @@
+"""How far is each sampler's result from Gaussian data, with no sampling noise at all?
+
+For data N(0, diag s²) every sampler is linear: its result is a matrix of coefficients over independent normals, and the
+Fréchet distance Σ (s_i,out − s_i)² is exact arithmetic. The samplers run unchanged: `x` has a row per normal. σ runs
+from 80 to 0.002. Work is counted in network evaluations; one with a JVP counts as two.
+"""
+
+import os
+import sys
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+import sampler_2nd
+from benchmarks import peers
+
+EVALUATIONS = (16, 24, 32, 48, 64, 96, 128)
+
+
+def digits_spectrum():
+    """The 64 principal standard deviations of scikit-learn's 8×8 digits in [−1, 1], variances at least 1e-4."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise click.ClickException('this spectrum needs scikit-learn: pip install -e ".[bench]"') from None
+    variances = np.linalg.eigvalsh(np.cov(load_digits().data.T / 8))[::-1]
+    return torch.tensor(np.sqrt(variances.clip(1e-4)))
+
+
+SPECTRA = {
+    'digits': digits_spectrum,
+    'power': lambda: 1 / torch.arange(1, 65, dtype=torch.float64),
+    'two-scale': lambda: torch.tensor([1.0] * 8 + [0.03] * 56, dtype=torch.float64),
+}
+
+
+def frechet_distance(sampler: peers.Sampler, stds: torch.Tensor, evaluations: int, rho: float) -> float:
+    """Σ (s_out − s)²; nan where the evaluations pay for less than three noise levels."""
+    num_levels = sampler.levels(evaluations)
+    if num_levels < 3:
+        return float('nan')
+    sigmas = sampler_2nd.noise_levels(None, num_levels, 0.002, 80, rho)
+    noise = peers.Columns(4 * num_levels + 4, len(stds))
+
+    def denoise(x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)[:1]
+        return x * (stds**2 / (stds**2 + sigma**2))
+
+    x = sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
+    return float((x.double().square().sum(0).sqrt() - stds).square().sum())
+
+
+def table(spectrum, rho, samplers, evaluations):
+    """{name: [distance for each number of evaluations]}"""
+    stds = SPECTRA[spectrum]()
+    return {
+        name: [frechet_distance(sampler, stds, count, rho) for count in evaluations]
+        for name, sampler in samplers.items()
+    }
+
+
+def lead(results):
+    """How many times smaller than the best stochastic peer's the best of ours is, for each column."""
+    ours = np.nanmin([results[name] for name in peers.OURS], axis=0)
+    rivals = [values for name, values in results.items() if name in peers.PEERS and peers.PEERS[name].stochastic]
+    return np.nanmin(rivals, axis=0) / ours
+
+
+def format_table(title, results, evaluations):
+    lines = ['| ' + ' | '.join([title, *map(str, evaluations)]) + ' |', '|---' * (len(evaluations) + 1) + '|']
+    for name, values in results.items():
+        lines.append('| ' + ' | '.join([name, *(f'{1e3 * value:.3g}' for value in values)]) + ' |')
+    lines.append(
+        '| ' + ' | '.join(['*best stochastic peer ÷ ours*', *(f'*{ratio:.3g}*' for ratio in lead(results))]) + ' |'
+    )
+    return '\n'.join(lines)
+
+
+def plot(path, tables, evaluations):
+    """Work–precision diagrams, the fitted rate in the legend."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise click.ClickException('--plot needs matplotlib: pip install -e ".[plot]"') from None
+    rhos = sorted({rho for _, rho in tables}, reverse=True)
+    spectra = list(dict.fromkeys(spectrum for spectrum, _ in tables))
+    fig, axes = plt.subplots(len(rhos), len(spectra), figsize=(6 * len(spectra), 4.6 * len(rhos)), squeeze=False)
+    for (spectrum, rho), results in tables.items():
+        ax = axes[rhos.index(rho), spectra.index(spectrum)]
+        for name, values in results.items():
+            last = np.array(values[len(values) // 2 :])
+            rate = -np.polyfit(np.log(evaluations[len(values) // 2 :]), np.log(last), 1)[0]
+            style = {'linewidth': 2.5} if name in peers.OURS else {'linewidth': 1, 'linestyle': '--'}
+            ax.loglog(evaluations, values, marker='.', label=f'{name} ({rate:.1f})', **style)
+        ax.set(
+            title=f'{spectrum}, rho = {rho:g}',
+            xlabel='network evaluations',
+            ylabel='Fréchet distance',
+            ylim=[2e-7, 1e2],
+        )
+        ax.legend(fontsize=6)
+    fig.tight_layout()
+    fig.savefig(path, dpi=90)
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.option(
+    '--spectrum', 'spectra', help='Data', type=click.Choice(list(SPECTRA)), multiple=True, default=list(SPECTRA)
+)
+@click.option(
+    '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
+)
+@click.option('--plot', 'plot_path', help='Also draw work–precision diagrams', metavar='FILE.png')
+def main(spectra, rhos, plot_path):
+    """Print tables of the exact Fréchet distance times 1000.
+
+    \b
+    python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
+    """
+    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    for name in peers.PEERS.keys() - samplers.keys():
+        click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
+    tables = {}
+    for spectrum in spectra:
+        for rho in rhos:
+            tables[spectrum, rho] = results = table(spectrum, rho, samplers, EVALUATIONS)
+            click.echo(format_table(f'{spectrum}, rho = {rho:g}', results, EVALUATIONS) + '\n')
+    if plot_path:
+        plot(plot_path, tables, EVALUATIONS)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,87 @@
+"""How far is each sampler from the solution on the same Brownian path, and from its moments, on mixtures of normals?
+
+The denoiser is exact and not linear. σ runs from 3 to 0.1 in steps of equal length in ln σ, then to 0 by x = D(x; 0.1),
+which every sampler does alike. Strong error: root mean square distance over the paths. Weak error: |E x² − E x*²|, with
+x* the solution on the same path, which takes most of the Monte Carlo noise away; what is left of it is printed.
+"""
+
+import math
+import os
+import sys
+
+import click
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+from benchmarks import orders, peers
+
+EVALUATIONS = (10, 18, 34, 66, 130)  # so that nobody loses more than one of them to steps being powers of two
+# dpmpp_sde, churn and euler_ancestral mix their noise in a way that no Brownian path in λ describes.
+ON_A_PATH = [
+    'k-diffusion dpmpp_2m_sde',
+    'k-diffusion dpmpp_3m_sde',
+    'diffusers EDM dpm 2M SDE',
+    'torchsde srk',
+    'ddb taylor',
+    'ddb rk',
+]
+
+
+class PathNoise:
+    """The normals of an `orders.Path`, step by step; a peer that asks by times gets the increment of the next step."""
+
+    def __init__(self, path, steps, time_integral, increments_only):
+        normals = path.normals(steps, 1.0, time_integral)
+        self._draws = iter(normals[::2] if increments_only else normals)
+        self._nothing = torch.zeros_like(path.latents)
+
+    def fresh(self, *_):
+        return next(self._draws, self._nothing)  # diffusers draws once more for the last step, to multiply it by 0
+
+    __call__ = fresh
+
+
+def solve(name, path, problem, num_steps):
+    sampler = (peers.PEERS | peers.OURS)[name]
+    increments_only = name.startswith(('k-diffusion', 'diffusers'))
+    noise = PathNoise(path, num_steps, name != 'ddb taylor', increments_only)
+
+    def denoise(x, sigma):
+        return orders.PROBLEMS[problem](x, torch.as_tensor(sigma).reshape(-1)[0])
+
+    sigmas = [*orders.equal_levels(num_steps).tolist(), 0.0]
+    return sampler.run(denoise, path.latents * sigmas[0], sigmas, noise)
+
+
+def errors(name, path, problem, solution, evaluations):
+    """(strong error, weak error, the weak error's standard deviation), or None if that is too little work."""
+    num_steps = (peers.PEERS | peers.OURS)[name].levels(evaluations) - 1
+    num_steps = 2 ** int(math.log2(max(num_steps, 1)))  # the path's cells divide by powers of two
+    x = solve(name, path, problem, num_steps)
+    gap = (x.square() - solution.square()).sum(-1)
+    strong = float((x - solution).square().sum(-1).mean().sqrt())
+    return strong, abs(float(gap.mean())), float(gap.std()) / math.sqrt(len(gap))
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.option('--problem', help='Data', type=click.Choice(['mixture', 'mixture 2-D']), default='mixture')
+@click.option('--paths', help='Brownian paths', metavar='INT', type=click.IntRange(min=2), default=4000)
+def main(problem, paths):
+    """Print strong and weak errors against network evaluations (a JVP counts as one more).
+
+    \b
+    python benchmarks/mixture.py
+    """
+    path = orders.Path(paths, orders.PROBLEMS[problem].dim)
+    solution = solve('ddb rk', path, problem, 1024)
+    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    print('| ' + ' | '.join([f'{problem}: strong error; weak error', *map(str, EVALUATIONS)]) + ' |')
+    print('|---' * (len(EVALUATIONS) + 1) + '|')
+    for name in (name for name in ON_A_PATH if name in samplers):
+        cells = [errors(name, path, problem, solution, count) for count in EVALUATIONS]
+        print('| ' + ' | '.join([name, *(f'{s:.1e}; {w:.1e} ± {e:.0e}' for s, w, e in cells)]) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()

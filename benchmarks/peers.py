@@ -1,0 +1,247 @@
+"""Other people's samplers behind one call: sampler(denoise, x, sigmas, noise) → images.
+
+    denoise(x, sigma)   the denoiser, with a 0-dim or 1-dim sigma of equal entries
+    x                   the state at sigmas[0], any shape [N, …]
+    sigmas              noise levels, the last one 0
+    noise(time, next)   the increment of Brownian motion, divided by √|next − time|, in the time of the peer, σ
+    noise.fresh(…)      a standard normal, independent of all others
+
+They run as their authors ship them: k-diffusion 0.1.1, torchsde 0.2.6, diffusers 0.42. `INSTALL` says how to get them.
+"""
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import click
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+import generate
+import sampler_2nd
+
+# k-diffusion asks for wandb, clip-anytorch and torchvision, which its samplers do not use.
+INSTALL = 'pip install -e ".[bench]" && pip install --no-deps k-diffusion'
+
+
+class Columns:
+    """Noise for exact arithmetic: each independent normal is a column, a row of x here: x has the shape [columns, d].
+
+    Called as a peer's noise sampler, it is Brownian motion: what was asked for before is kept, and a new time gets a
+    column of its own. Called without times, it is a fresh normal.
+    """
+
+    def __init__(self, count, dim):
+        self._eye, self._dim, self._used = torch.eye(count, dtype=torch.float64), dim, 0
+        self._times, self._values = [], []
+
+    def fresh(self, *_):
+        self._used += 1
+        return self._eye[:, self._used - 1 : self._used].expand(-1, self._dim)
+
+    def __call__(self, time, time_next):
+        low, high = sorted((float(time), float(time_next)))
+        sign = 1 if time < time_next else -1
+        return (self.at(high) - self.at(low)) * (sign / math.sqrt(high - low))
+
+    def at(self, time):
+        """Brownian motion at `time`, given what is known of it: free beyond its ends, a bridge between."""
+        below = [i for i, t in enumerate(self._times) if t <= time]
+        above = [i for i, t in enumerate(self._times) if t > time]
+        if below and self._times[below[-1]] == time:
+            return self._values[below[-1]]
+        if not self._times:
+            value = 0 * self._eye[:, :1].expand(-1, self._dim)
+        elif below and above:
+            i, j = below[-1], above[0]
+            t0, t1 = self._times[i], self._times[j]
+            share = (time - t0) / (t1 - t0)
+            value = (1 - share) * self._values[i] + share * self._values[j]
+            value = value + math.sqrt((time - t0) * (t1 - time) / (t1 - t0)) * self.fresh()
+        else:
+            end = below[-1] if below else above[0]
+            value = self._values[end] + math.sqrt(abs(time - self._times[end])) * self.fresh()
+        self._times.insert(len(below), time)
+        self._values.insert(len(below), value)
+        return value
+
+
+def needs(module):
+    """The module, or one line that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise click.ClickException(f'this benchmark needs {module.split(".")[0]}: {INSTALL}') from None
+
+
+# ----------------------------------------------------------------------------
+# k-diffusion.
+
+
+@functools.cache
+def k_diffusion_sampling():
+    """k_diffusion/sampling.py alone: the package wants wandb, clip and torchvision, which samplers do not need."""
+    spec = importlib.util.find_spec('k_diffusion')
+    if spec is None:
+        needs('k_diffusion')
+    package, utils = types.ModuleType('k_diffusion'), types.ModuleType('k_diffusion.utils')
+    package.__path__ = list(spec.submodule_search_locations)
+    utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
+    package.utils, package.__spec__ = utils, spec
+    sys.modules |= {'k_diffusion': package, 'k_diffusion.utils': utils}
+    return needs('k_diffusion.sampling')
+
+
+def k_diffusion(name, stochastic=True, **kwargs):
+    def sampler(denoise, x, sigmas, noise):
+        extra = {'noise_sampler': noise} if stochastic else {}
+        levels = torch.tensor(sigmas, dtype=x.dtype)
+        return getattr(k_diffusion_sampling(), name)(denoise, x, levels, disable=True, **extra, **kwargs)
+
+    return sampler
+
+
+# ----------------------------------------------------------------------------
+# torchsde: strong order 1.5 for additive noise (Rößler's SRA1), the true rival in strong order.
+
+
+def torchsde_srk(denoise, x, sigmas, noise):
+    """`sdeint(method='srk')` for dy = D dτ + dB, with τ = 1/σ² and y = τx: its scheme for additive noise.
+
+    It evaluates the first of its two stages twice, and once more to check shapes. We charge what the scheme needs: two.
+    """
+    torchsde = needs('torchsde')
+    taus = [sigma**-2 for sigma in sigmas[:-1]]
+
+    class Equation(torch.nn.Module):
+        noise_type, sde_type = 'additive', 'ito'
+
+        def f(self, t, y):
+            return denoise((y / t).reshape(x.shape), t**-0.5).reshape(y.shape)
+
+        def g(self, t, y):
+            return torch.ones(*y.shape, 1, dtype=y.dtype)
+
+    class Source(torchsde.BaseBrownian):
+        """ΔB and ΔZ/h − ΔB/2 = H of a step, from independent normals."""
+
+        shape, dtype, device, levy_area_approximation = (x.numel(), 1), x.dtype, x.device, 'space-time'
+
+        def __call__(self, ta, tb, return_U=False, return_A=False):
+            h = float(tb - ta)
+            dB, other = math.sqrt(h) * noise.fresh().reshape(self.shape), noise.fresh().reshape(self.shape)
+            return (dB, h / 2 * dB + h**1.5 / math.sqrt(12) * other) if return_U else dB
+
+        def __repr__(self):
+            return 'Source'
+
+        def size(self):
+            return self.shape
+
+    y = (x * taus[0]).reshape(-1, 1)
+    source = Source()
+    for tau, tau_next in itertools.pairwise(taus):
+        ends = torch.tensor([tau, tau_next], dtype=x.dtype)
+        y = torchsde.sdeint(Equation(), y, ends, bm=source, method='srk', dt=tau_next - tau)[-1]
+    return denoise((y / taus[-1]).reshape(x.shape), torch.tensor(sigmas[-2], dtype=x.dtype))
+
+
+# ----------------------------------------------------------------------------
+# diffusers.
+
+
+def diffusers_dpm(denoise, x, sigmas, noise):
+    """EDMDPMSolverMultistepScheduler, sde-dpmsolver++, order 2 (its order 3 takes no noise and fails; peers' defects).
+
+    It wants F with D = c_skip x + c_out F, and scales its input itself. Its levels and its state are float32.
+    """
+    diffusers = needs('diffusers')
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        sigma_min=sigmas[-2], sigma_max=sigmas[0], sigma_data=0.5, algorithm_type='sde-dpmsolver++', solver_order=2
+    )
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    module = sys.modules[type(scheduler).__module__]
+    draw = module.randn_tensor
+    module.randn_tensor = lambda *args, **kwargs: noise.fresh()
+    try:
+        for sigma, timestep in zip(sigmas[:-1], scheduler.timesteps, strict=True):
+            c_skip = 0.25 / (0.25 + sigma**2)
+            c_out = 0.5 * sigma / math.sqrt(0.25 + sigma**2)
+            scheduler.scale_model_input(x, timestep)
+            F = (denoise(x, torch.tensor(sigma, dtype=torch.float64)) - c_skip * x) / c_out
+            x = scheduler.step(F, timestep, x).prev_sample
+    finally:
+        module.randn_tensor = draw
+    return x
+
+
+# ----------------------------------------------------------------------------
+# Ours.
+
+
+def as_network(denoise, sigmas):
+    """A network whose known noise levels are the `sigmas`: any schedule is one of ours then."""
+
+    def net(x, sigma, class_labels=None):
+        return denoise(x, sigma)
+
+    net.round_sigma = lambda sigma: torch.tensor(sigmas[:-1], dtype=torch.float64) if sigma.ndim else sigma
+    return net
+
+
+def ours(sampler, **kwargs):
+    def run(denoise, x, sigmas, noise):
+        ends = {'sigma_max': sigmas[0], 'sigma_min': sigmas[0] / 2, 'num_steps': len(sigmas) - 1}  # round_sigma decides
+        return sampler(as_network(denoise, sigmas), x / sigmas[0], randn_like=noise.fresh, **ends, **kwargs)
+
+    return run
+
+
+# ----------------------------------------------------------------------------
+# The list: name → (sampler, stochastic, evaluations as a function of the number of noise levels N).
+
+CHURN = {'S_churn': 40, 'S_min': 0.05, 'S_max': 50, 'S_noise': 1.003}  # of EDM's ImageNet-64
+
+
+class Sampler(NamedTuple):
+    run: Callable[..., torch.Tensor]
+    stochastic: bool
+    per_step: int = 1  # evaluations; a JVP counts as one more
+    extra: int = 0  # evaluations besides
+
+    def levels(self, evaluations):
+        """The number of noise levels that `evaluations` pay for."""
+        return (evaluations - self.extra) // self.per_step
+
+
+PEERS = {
+    'k-diffusion dpmpp_2m_sde': Sampler(k_diffusion('sample_dpmpp_2m_sde'), True),
+    'k-diffusion dpmpp_3m_sde': Sampler(k_diffusion('sample_dpmpp_3m_sde'), True),
+    'k-diffusion dpmpp_sde': Sampler(k_diffusion('sample_dpmpp_sde'), True, 2, -1),
+    'k-diffusion euler_ancestral': Sampler(k_diffusion('sample_euler_ancestral'), True),
+    'diffusers EDM dpm 2M SDE': Sampler(diffusers_dpm, True),
+    'torchsde srk': Sampler(torchsde_srk, True, 2, -1),
+    'EDM churn 40': Sampler(ours(generate.edm_sampler, **CHURN), True, 2, -1),
+    'EDM Heun': Sampler(ours(generate.edm_sampler), False, 2, -1),
+    'k-diffusion heun': Sampler(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
+}
+OURS = {
+    'ddb taylor': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='taylor'), True, 2, -1),
+    'ddb rk': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='rk'), True, 1, 1),
+}
+
+
+def available(samplers):
+    """Those whose package is installed."""
+    packages = {'k-diffusion': 'k_diffusion', 'diffusers': 'diffusers', 'torchsde': 'torchsde'}
+    missing = {name for name, package in packages.items() if importlib.util.find_spec(package) is None}
+    return {name: sampler for name, sampler in samplers.items() if name.split()[0] not in missing}

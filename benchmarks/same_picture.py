@@ -1,0 +1,62 @@
+"""Does one seed keep its picture as the number of steps grows? With --noise=path it should; with fresh noise, not."""
+
+import os
+import sys
+from functools import partial
+
+import click
+import numpy as np
+import PIL.Image
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+import generate
+import sampler_2nd
+
+STEPS = (10, 20, 40, 80, 160)
+
+
+def pictures(net, seeds, noise, steps, **options):
+    """uint8 [seeds, H, W, C]"""
+    sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=steps, **options)
+    (result,) = generate.generate_images(net, [seeds], sampler, torch.device('cpu'), noise=noise)
+    return result[1]
+
+
+def distances(columns):
+    """Root mean square distance of each column of pictures to the last, in grey levels."""
+    last = columns[-1].astype(float)
+    return [float(np.sqrt(np.mean((column - last) ** 2))) for column in columns[:-1]]
+
+
+def contact_sheet(columns):
+    """A row for each seed, a column for each number of steps."""
+    rows = [np.concatenate(row, axis=1) for row in zip(*columns, strict=True)]
+    return PIL.Image.fromarray(np.concatenate(rows).squeeze())
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
+@click.option('--seeds', help='One per row', metavar='LIST', default='0-7')
+@click.option('--scheme', type=click.Choice(['taylor', 'rk']), default='rk')
+@click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
+@click.option('--sheet', help='Where the contact sheet goes', metavar='FILE.png', default='docs/noise-path.png')
+def main(network, seeds, scheme, rho, sheet):
+    """Print the distance of the pictures at 10, 20, 40 and 80 steps to those at 160, and save all of them.
+
+    \b
+    python benchmarks/same_picture.py
+    """
+    net = generate.load_network(network, torch.device('cpu'))
+    seeds = generate.parse_int_list(seeds)
+    print('| noise | ' + ' | '.join(f'{n} steps' for n in STEPS[:-1]) + ' |')
+    print('|---' * len(STEPS) + '|')
+    for noise in ('fresh', 'path'):
+        columns = [pictures(net, seeds, noise, steps, scheme=scheme, rho=rho) for steps in STEPS]
+        print(f'| {noise} | ' + ' | '.join(f'{d:.1f}' for d in distances(columns)) + ' |', flush=True)
+    contact_sheet(columns).resize((len(STEPS) * 64, len(seeds) * 64), PIL.Image.Resampling.NEAREST).save(sheet)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,103 @@
+"""Short forms of the exact benchmarks. Peers that are not installed are left out, as the benchmarks do."""
+
+import itertools
+import math
+
+import click.testing
+import pytest
+import torch
+
+from benchmarks import gaussian_fd, mixture, orders, peers
+
+CI_EVALUATIONS = (32, 64)
+
+
+@pytest.fixture(scope='module')
+def samplers():
+    return peers.available({**peers.PEERS, **peers.OURS})
+
+
+@pytest.mark.parametrize(('spectrum', 'rho'), [('power', 7), ('two-scale', 7), ('power', 3), ('two-scale', 3)])
+def test_rk_has_the_smallest_exact_frechet_distance(samplers, spectrum, rho):
+    results = gaussian_fd.table(spectrum, rho, samplers, CI_EVALUATIONS)
+    for name, values in results.items():
+        if name not in peers.OURS:
+            assert all(ours < theirs / 2 for ours, theirs in zip(results['ddb rk'], values, strict=True)), name
+
+
+def test_exact_frechet_distance_of_heun_by_an_independent_route():
+    """For the ODE the distance follows from one scalar recursion per direction: Heun in σ on dx/dσ = x σ/(s² + σ²)."""
+    stds, sigmas = (
+        torch.tensor([0.9, 0.2], dtype=torch.float64),
+        gaussian_fd.sampler_2nd.noise_levels(None, 8, 0.002, 80, 7),
+    )
+    gain = torch.full_like(stds, 80.0)
+    for s, s_next in itertools.pairwise(sigmas):
+        slope = s / (stds**2 + s**2)
+        slope_next = s_next / (stds**2 + s_next**2) * (1 + (s_next - s) * slope)
+        gain = gain * (1 + (s_next - s) * ((slope + slope_next) / 2 if s_next else slope))
+    expected = float((gain - stds).square().sum())
+    assert gaussian_fd.frechet_distance(peers.PEERS['EDM Heun'], stds, 15, 7) == pytest.approx(expected, rel=1e-9)
+
+
+def test_samplers_stay_within_the_evaluations_they_are_charged_for(samplers):
+    """A JVP counts as two here too. An evaluation that a peer repeats (torchsde does) counts once."""
+    for name, sampler in samplers.items():
+        calls = {}
+        sigmas = gaussian_fd.sampler_2nd.noise_levels(None, sampler.levels(20), 0.002, 80, 7)
+        noise = peers.Columns(100, 2)
+
+        def denoise(x, sigma, calls=calls):
+            primal, tangent = torch.autograd.forward_ad.unpack_dual(x)
+            calls[float(torch.as_tensor(sigma).flatten()[0]), float(primal.sum())] = 1 if tangent is None else 2
+            return x / (1 + torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)[:1] ** 2)
+
+        sampler.run(denoise, noise.fresh() * 80, sigmas, noise)
+        assert 18 <= sum(calls.values()) <= 20, name
+
+
+def test_columns_are_brownian_motion():
+    """Whatever the order of the questions, increments over parts add up, and have the length of their time."""
+    noise = peers.Columns(10, 1)
+    late, whole, early = noise(3.0, 1.0), noise(0.0, 4.0), noise(2.0, 1.0)
+    assert [float(v.square().sum()) for v in (late, whole, early)] == pytest.approx([1, 1, 1])
+    assert float((late * whole).sum()) == pytest.approx(-math.sqrt(2 / 4))
+    assert float((late * early).sum()) == pytest.approx(math.sqrt(1 / 2))
+
+
+def test_mixture_short_form(samplers):
+    path = orders.Path(200, 1)
+    solution = mixture.solve('ddb rk', path, 'mixture', 512)
+    strong = {
+        name: mixture.errors(name, path, 'mixture', solution, 34)[0] for name in mixture.ON_A_PATH if name in samplers
+    }
+    assert min(strong, key=strong.get) == 'ddb rk'
+    assert strong['ddb rk'] < 0.006
+
+
+def test_command_prints_a_table():
+    result = click.testing.CliRunner().invoke(gaussian_fd.main, ['--spectrum=two-scale', '--rho=7'])
+    assert result.exit_code == 0, result.output
+    assert '| ddb rk |' in result.output
+
+
+@pytest.mark.skipif('k-diffusion heun' not in peers.available(peers.PEERS), reason='needs k-diffusion')
+def test_heun_is_the_same_in_k_diffusion_and_here():
+    stds = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    one, other = (
+        gaussian_fd.frechet_distance(peers.PEERS[name], stds, 31, 7) for name in ('EDM Heun', 'k-diffusion heun')
+    )
+    assert one == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.skipif('diffusers EDM dpm 2M SDE' not in peers.available(peers.PEERS), reason='needs diffusers')
+def test_peer_defect_diffusers_third_order_sde_does_not_run():
+    """Its documentation offers solver_order=3 with sde-dpmsolver++; that update does not exist."""
+    diffusers = peers.needs('diffusers')
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++', solver_order=3)
+    scheduler.set_timesteps(8)
+    x = torch.randn(1, 1, 2, 2) * 80
+    for timestep in scheduler.timesteps[:2]:
+        x = scheduler.step(torch.zeros_like(x), timestep, x).prev_sample
+    with pytest.raises(UnboundLocalError):
+        scheduler.step(torch.zeros_like(x), scheduler.timesteps[2], x)

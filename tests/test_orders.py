@@ -1,0 +1,62 @@
+"""Every scheme reaches its strong and weak order, and schemes that lack one of its reasons do not.
+
+`python benchmarks/orders.py` prints the table, and so does `pytest -s tests/test_orders.py`.
+"""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import orders
+
+
+@pytest.fixture(scope='module')
+def cache():
+    return {}
+
+
+@pytest.mark.parametrize('row', orders.ROWS, ids=lambda row: row.name)
+def test_order(row, cache):
+    result = orders.measure(row, cache)
+    print(orders.format_row(row, result))
+    assert result.slope == pytest.approx(row.order, abs=row.tolerance)
+
+
+@pytest.mark.parametrize('row', orders.ABLATION_ROWS, ids=lambda row: row.name)
+def test_ablation_misses_the_order_of_its_scheme(row, cache):
+    result = orders.measure(row, cache)
+    print(orders.format_row(row, result))
+    assert result.slope == pytest.approx(row.order, abs=row.tolerance)
+    (whole,) = find(row.kind, row.scheme.split(',')[0], row.problem)
+    assert result.slope < orders.measure(whole, cache).slope - 0.3
+    assert result.errors[-1] > 2 * orders.measure(whole, cache).errors[-1]
+
+
+def find(kind, scheme, problem):
+    wanted = (kind, scheme, problem, 1, 'cells')
+    return [r for r in orders.ROWS if (r.kind, r.scheme, r.problem, r.eta, r.path) == wanted]
+
+
+def test_errors_are_those_of_the_prototype(cache):
+    """Measured earlier by an independent program, with 12,000 paths: 32 to 128 steps on the mixture."""
+    for scheme, expected in [('euler', [6.2e-2, 3.2e-2, 1.6e-2]), ('taylor', [8.9e-3, 3.3e-3, 1.2e-3])]:
+        (row,) = find('strong', scheme, 'mixture')
+        assert orders.measure(row, cache).errors[:3] == pytest.approx(expected, rel=0.2)
+
+
+def test_fit_drops_points_at_the_floor():
+    result = orders.fit([1, 2, 4, 8], [1, 0.25, 0.0625, 0.05], [0.02] * 4)
+    assert result.slope == pytest.approx(-math.log(0.0625 / 1) / math.log(4))
+    assert math.isnan(orders.fit([1, 2], [1, 1], [0, 1]).slope)
+
+
+def test_denoiser_of_the_rotated_mixture_is_the_gradient_of_its_log_density():
+    """D = x + σ² ∇ log p, with p from torch.distributions."""
+    problem, sigma = orders.PROBLEMS['mixture 2-D'], 0.6
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    covariances = problem.axes @ torch.diag_embed(problem.variances + sigma**2) @ problem.axes.mT
+    components = torch.distributions.MultivariateNormal(problem.means, covariances)
+    density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(problem.weights), components)
+    (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
+    assert torch.allclose(problem(x, sigma), x + sigma**2 * score, atol=1e-12)
