@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import dnnlib
 import sampler_2nd
+from metrics import measure
 from torch_utils import distributed as dist
 from torch_utils import network_io
 
@@ -272,11 +273,13 @@ def generate_images(
     sampler: Callable[..., torch.Tensor],
     device: torch.device,
     class_idx: int | None = None,
+    noise: str = 'fresh',
 ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     """Yield (seeds, images) for each batch of seeds; images are uint8 [N, R, R, C].
 
     Each seed draws, from a generator of its own on `device`: the latent, then a class (if the network knows classes,
-    and even if `class_idx` overrides it), then what `sampler(net, latents, labels, randn_like=…)` asks for.
+    and even if `class_idx` overrides it), then what `sampler(net, latents, labels, randn_like=…)` asks for. With `noise`
+    'path' the sampler's noise is a `sampler_2nd.BrownianPath` of the seeds instead.
     """
     for seeds in batches:
         rnd = StackedRandomGenerator(device, seeds)
@@ -287,7 +290,8 @@ def generate_images(
             drawn = rnd.randint(net.label_dim, size=[len(seeds)])
             classes = drawn if class_idx is None else torch.full_like(drawn, class_idx)
             labels = torch.eye(net.label_dim, device=device)[classes]
-        yield seeds, to_uint8(sampler(net, latents, labels, randn_like=rnd.randn_like))
+        randn_like = sampler_2nd.BrownianPath(seeds) if noise == 'path' else rnd.randn_like
+        yield seeds, to_uint8(sampler(net, latents, labels, randn_like=randn_like))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -301,10 +305,37 @@ def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
         PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format='png')
 
 
+def save_images(outdir: str, subdirs: bool, seeds: Sequence[int], images: np.ndarray) -> None:
+    for seed, image in zip(seeds, images, strict=True):
+        path = image_path(outdir, seed, subdirs)
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        save_png(image, path)
+
+
 def image_path(outdir: str, seed: int, subdirs: bool) -> str:
     """outdir/000123.png, with `subdirs` outdir/000000/000123.png: a folder for each thousand seeds."""
     folder = os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir
     return os.path.join(folder, f'{seed:06d}.png')
+
+
+class Scores:
+    """Measures images as they come: what fid.py says of the PNG files, without the files."""
+
+    def __init__(self, metrics: str, ref: str, detector: str | None, device: torch.device):
+        self._metrics = measure.parse_metrics(metrics)
+        self._reference, loaded = measure.open_statistics(ref, detector, device)
+        measure.check_comparable(loaded, self._reference, self._metrics)
+        self._images = measure.FeatureSet(loaded, device, keep=measure.needs_features(self._metrics))
+
+    def add(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        self._images.add(seeds, torch.from_numpy(images).permute(0, 3, 1, 2))
+
+    def finish(self) -> measure.Numbers:
+        """The numbers, on every process, once all have added their images."""
+        self._images.finish()
+        for text in measure.warnings(self._images, self._reference):
+            dist.print0(f'Warning: {text}')
+        return measure.measure(self._images, self._reference, self._metrics)
 
 
 # ----------------------------------------------------------------------------
@@ -410,12 +441,15 @@ non_negative = click.FloatRange(min=0)
 
 # fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', 'network_pkl',    help='Network pickle', metavar='PATH|URL', default=str(SHIPPED_NETWORK), show_default='the shipped MNIST network')
-@click.option('--outdir',                    help='Where to save the images', metavar='DIR', required=True)
+@click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', default=str(SHIPPED_NETWORK), show_default='the shipped MNIST network')
+@click.option('--outdir',                    help='Where to save the images; not needed with --metrics', metavar='DIR')
 @click.option('--seeds',                     help='Random seeds, one per image', metavar='LIST', type=IntList(), default='0-63')
 @click.option('--subdirs',                   help='One subfolder per 1000 seeds', is_flag=True)
 @click.option('--class', 'class_idx',        help='Class label', metavar='INT', type=click.IntRange(min=0), show_default='random')
 @click.option('--batch', 'max_batch_size',   help='Maximum batch size of a process', metavar='INT', type=click.IntRange(min=1), default=64)
+@click.option('--metrics',                   help=f'Measure the images: some of {",".join(measure.METRICS)}', metavar='LIST')
+@click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL')
+@click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', show_default='that of --ref')
 @click.option('--device',                    help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 @click.option('--trust-pickle',              help='Run the code inside the network file', is_flag=True)
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=click.IntRange(min=1), default=18)
@@ -423,6 +457,7 @@ non_negative = click.FloatRange(min=0)
 @click.option('--sigma_max',                 help='Highest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 80')
 @click.option('--rho',                       help='Time step exponent', metavar='FLOAT', type=positive, show_default='7')
 @click.option('--randn_like',                help='Noise: increments (EDM), or pairs (second order)', type=click.Choice(['db', 'ddb']), default='db')
+@click.option('--noise',                     help='ddb: path = the same picture for any number of steps', type=click.Choice(['fresh', 'path']), default='fresh')
 @click.option('--S_min', 'S_min',            help='Lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0')
 @click.option('--S_max', 'S_max',            help='Highest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='inf')
 @click.option('--S_noise', 'S_noise',        help='Factor on the noise', metavar='FLOAT', type=float, show_default='1')
@@ -433,7 +468,10 @@ non_negative = click.FloatRange(min=0)
 @click.option('--disc', 'discretization',    help='db, ablation: time steps', type=click.Choice(['vp', 've', 'iddpm', 'edm']))
 @click.option('--schedule',                  help='db, ablation: noise schedule σ(t)', type=click.Choice(['vp', 've', 'linear']))
 @click.option('--scaling',                   help='db, ablation: signal scaling s(t)', type=click.Choice(['vp', 'none']))
-def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device, trust_pickle, randn_like, **options):
+def main(
+    network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, metrics, ref, detector, device, trust_pickle,
+    randn_like, noise, **options
+):
     """Generate images, one per seed.
 
     \b
@@ -449,8 +487,19 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
     # 50,000 images on two GPUs
     torchrun --standalone --nproc_per_node=2 generate.py --outdir=out --seeds=0-49999 --batch=500 --subdirs \\
         --network=ckpts/edm-cifar10-32x32-cond-vp.pkl --randn_like=ddb --steps=40 --rho=3
+
+    \b
+    # FID of 50,000 images that are never written
+    python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x32-cond-vp.pkl \\
+        --ref=https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz
     """
     sampler = choose_sampler(randn_like, options)
+    if noise == 'path' and randn_like != 'ddb':
+        raise click.UsageError('--noise=path belongs to --randn_like=ddb')
+    if outdir is None and metrics is None:
+        raise click.UsageError('--outdir is missing: the folder for the images')
+    if (metrics is None) != (ref is None) or (detector is not None and ref is None):
+        raise click.UsageError('--metrics and --ref go together (and --detector with them)')
     try:
         device = dist.init(device)
     except ValueError as err:
@@ -464,17 +513,19 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
 
     start = time.perf_counter()
     hidden = dist.get_rank() != 0
+    sinks: list[Callable[..., None]] = [] if outdir is None else [partial(save_images, outdir, subdirs)]
     try:
-        os.makedirs(outdir, exist_ok=True)
+        scores = Scores(metrics, ref, detector, device) if metrics is not None else None
+        if scores is not None:
+            sinks.append(scores.add)
         total = len(mine) * num_steps
         # The delay keeps the bar away from the errors that the sampler finds in its arguments.
         with tqdm(desc=f'Sampling {len(seeds)} images', total=total, unit='step', disable=hidden, delay=0.1) as bar:
             sampler = partial(sampler, callback=lambda *_: bar.update())
-            for batch_seeds, images in generate_images(net, mine, sampler, device, class_idx):
-                for seed, image in zip(batch_seeds, images, strict=True):
-                    path = image_path(outdir, seed, subdirs)
-                    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-                    save_png(image, path)
+            for batch_seeds, images in generate_images(net, mine, sampler, device, class_idx, noise):
+                for sink in sinks:
+                    sink(batch_seeds, images)
+        numbers = scores.finish() if scores is not None else {}
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
     dist.barrier()
@@ -482,7 +533,10 @@ def main(network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, device,
     dist.print0(f'{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.2f} images/s) on {device}')
     if mine:
         dist.print0(work_done(net, num_steps, len(mine)))
-    dist.print0(f'Saved in {os.path.abspath(outdir)}')
+    if outdir is not None:
+        dist.print0(f'Saved in {os.path.abspath(outdir)}')
+    for name, value in numbers.items():
+        dist.print0(f'{name} {value:g}')
 
 # fmt: on
 

@@ -10,17 +10,21 @@ from click.testing import CliRunner
 
 import dataset_tool
 import example
+import fid
 import generate
 import train
 
 ROOT = pathlib.Path(generate.__file__).parent
-COMMANDS = {'generate': generate, 'example': example, 'dataset_tool': dataset_tool, 'train': train}
+COMMANDS = {'generate': generate, 'example': example, 'fid': fid, 'dataset_tool': dataset_tool, 'train': train}
 
 
 def help_text(name: str) -> str:
-    run = CliRunner().invoke(COMMANDS[name].main, ['--help'], prog_name=f'{name}.py', terminal_width=120)
-    assert run.exit_code == 0
-    return run.output
+    pages = []
+    for command in [[], *([command] for command in getattr(COMMANDS[name].main, 'commands', []))]:
+        run = CliRunner().invoke(COMMANDS[name].main, [*command, '--help'], prog_name=f'{name}.py', terminal_width=120)
+        assert run.exit_code == 0
+        pages.append(run.output)
+    return '\n'.join(pages)
 
 
 @pytest.mark.parametrize('name', COMMANDS)
@@ -53,7 +57,7 @@ def test_one_line_commands_of_the_readme_are_accepted():
     """Each option exists; `--help` keeps the command from running."""
     text = (ROOT / 'README.md').read_text()
     commands = re.findall(r'`(?:python|torchrun --standalone --nproc_per_node=2) ((\w+)\.py[^`]*)`', text)
-    assert {name for _, name in commands} >= {'generate', 'example', 'dataset_tool', 'train'}
+    assert {name for _, name in commands} >= {'generate', 'example', 'fid', 'dataset_tool', 'train'}
     for command, name in commands:
         if name in COMMANDS:
             run = CliRunner().invoke(COMMANDS[name].main, [*command.split()[1:], '--help'])

@@ -78,6 +78,24 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def all_gather_object(value: Any) -> list[Any]:
+    """What the processes pass, in the order of their ranks, on every rank. It must pickle."""
+    values = [value] * get_world_size()
+    if _has_group():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes of what each passes, as a new tensor on the same device."""
+    total = tensor.clone()
+    if not _has_group():
+        return total
+    total = total.cuda() if dist.get_backend() == 'nccl' else total
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
 def should_stop() -> bool:
     """Whether a long job should save and end early. Always False: a scheduler replaces this function."""
     return False

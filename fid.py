@@ -1,0 +1,308 @@
+"""Distances between sets of images: Fréchet distance (FID), KID, precision and recall, sliced Wasserstein."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import dnnlib
+from metrics import measure
+from metrics.detectors import Detector, load_detector
+from metrics.measure import FeatureSet, Numbers
+from metrics.statistics import INCEPTION, Reference, write_reference
+from torch_utils import distributed as dist
+from training.dataset import choose_subset
+from training.file_tree import DAMAGED, FileTree, open_image
+
+
+def features_of(
+    files: 'ImageFiles',
+    chosen: np.ndarray,
+    detector: Detector,
+    device: torch.device,
+    keep: bool,
+    batch: int = 64,
+    skip_broken: bool = False,
+    workers: int = 3,
+) -> FeatureSet:
+    """Pass the chosen images through the detector, each once, spread over all processes."""
+    result = FeatureSet(detector, device, keep)
+    world = dist.get_world_size()
+    num_batches = ((len(chosen) - 1) // (batch * world) + 1) * world
+    mine = np.array_split(chosen, num_batches)[dist.get_rank() :: world]
+    loader = torch.utils.data.DataLoader(
+        files,
+        batch_sampler=[part.tolist() for part in mine],
+        collate_fn=list,  # images may differ in size, which is an error of its own
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+    )
+    broken = 0
+    for items in tqdm(loader, unit='batch', desc=f'{len(chosen)} images', disable=dist.get_rank() != 0):
+        good = [(position, image) for position, image, problem in items if not problem]
+        for _, _, problem in items:
+            if problem and not skip_broken:
+                raise click.ClickException(f'{problem}; --skip-broken leaves such images out')
+        broken += len(items) - len(good)
+        if good:
+            result.add([position for position, _ in good], torch.from_numpy(np.stack([image for _, image in good])))
+    result.finish()
+    broken = sum(dist.all_gather_object(broken))
+    if broken:
+        say(f'{broken} images left out, as they could not be used')
+    return result
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """The images of folders (with subfolders) and zip archives: in the order given, by name within each.
+
+    An item is (position, uint8 [1 or 3, H, W], ''), or (position, None, what is wrong with it).
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self._trees = [FileTree(path) for path in paths]
+        self._names = [(tree, name) for tree in range(len(self._trees)) for name in self._trees[tree].image_names()]
+        self._shape = next(
+            (image.shape for _, image, _ in map(self._decode, range(len(self))) if image is not None), ()
+        )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, position: int) -> tuple[int, np.ndarray | None, str]:
+        _, image, problem = self._decode(position)
+        if image is not None and image.shape != self._shape:
+            problem = f'{self.name(position)} has the shape {list(image.shape)}, others {list(self._shape)}'
+        return position, None if problem else image, problem
+
+    def name(self, position: int) -> str:
+        tree, name = self._names[position]
+        return os.path.join(self._trees[tree].path, name)
+
+    def _decode(self, position: int) -> tuple[int, np.ndarray | None, str]:
+        tree, name = self._names[position]
+        try:
+            image = open_image(self._trees[tree].read(name))
+            if image.mode not in ('L', 'RGB'):
+                alpha = 'an alpha channel' if image.has_transparency_data else f'pixels of the kind {image.mode}'
+                raise ValueError(f'it has {alpha}; 8-bit grayscale or RGB is needed (dataset_tool.py converts)')
+            pixels = np.asarray(image)
+        except DAMAGED as err:
+            return position, None, f'cannot use {self.name(position)}: {err}'
+        return position, pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), ''
+
+
+def choose_images(files: ImageFiles, num: int, seed: int, ranges: int) -> list[np.ndarray]:
+    """Positions of the images of each measurement.
+
+    One: a random subset of `num` (EDM's choice for this seed) where there are more. Several: consecutive stretches of
+    `num`, in the order of the names; the names of generate.py's images are their seeds.
+
+    Raises:
+        click.ClickException: there are too few images.
+    """
+    if len(files) < num * ranges:
+        have = f'--images has {len(files)} images, --num={num}' + (f' times --ranges={ranges}' if ranges > 1 else '')
+        raise click.ClickException(f'{have} asks for {num * ranges}; use --num={len(files) // ranges}, or make more')
+    if ranges == 1:
+        return [choose_subset(len(files), num, seed)]
+    return [np.arange(i * num, (i + 1) * num) for i in range(ranges)]
+
+
+def open_reference(ref: str, detector: str | None, device: torch.device, **options: Any) -> tuple[Reference, Detector]:
+    """The reference behind --ref, statistics or the real images themselves, and the detector to compare with."""
+    if os.path.isdir(ref) or ref.lower().endswith('.zip'):
+        loaded = load_detector(detector or INCEPTION, device)
+        files = ImageFiles([ref])
+        reference = features_of(files, np.arange(len(files)), loaded, device, **options).reference()
+        reference.name = ref
+        return reference, loaded
+    return measure.open_statistics(ref, detector, device)
+
+
+def cached_features(
+    path: str | None, note: dict[str, Any], detector: Detector, device: torch.device
+) -> FeatureSet | None:
+    """The features in a file that an earlier run wrote; None if it is to be written now."""
+    if path is None or not os.path.exists(path):
+        return None
+    with np.load(path, allow_pickle=False) as archive:
+        before, features = json.loads(str(archive['note'])), archive['features']
+    differing = [f'{key} {before.get(key)!r}' for key in note if before.get(key) != note[key]]
+    if differing:
+        raise click.ClickException(
+            f'--features={path} was made with {", ".join(differing)}; delete it, or name another'
+        )
+    cached = FeatureSet(detector, device, keep=True)
+    cached.restore(features)
+    say(f'Using the features in {path}')
+    return cached
+
+
+def say(text: str) -> None:
+    """For people, not for programs: numbers alone go to stdout."""
+    dist.print0(text, file=sys.stderr)
+
+
+def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:
+    """The smallest of several measurements, by its first number."""
+    best = min(results, key=lambda numbers: next(iter(numbers.values())))
+    if len(results) > 1:
+        for numbers in results:
+            say(', '.join(f'{name} {value:g}' for name, value in numbers.items()))
+    if as_json:
+        dist.print0(json.dumps({**record, **best, **({'ranges': results} if len(results) > 1 else {})}))
+    elif len(best) == 1:
+        dist.print0(f'{next(iter(best.values())):g}')
+    else:
+        dist.print0('\n'.join(f'{name} {value:g}' for name, value in best.items()))
+
+
+# ----------------------------------------------------------------------------
+# Command line.
+
+batch_option = click.option(
+    '--batch', help='Maximum batch size of a process', metavar='INT', type=click.IntRange(min=1), default=64
+)
+detector_option = click.option(
+    '--detector',
+    help=f'{INCEPTION} (FID), efficientnet-lite0 (offline), pixels, module:function, or Inception weights as a file',
+    metavar='NAME|PATH|URL',
+    show_default=f'that of --ref, else {INCEPTION}',
+)
+device_option = click.option('--device', help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
+skip_option = click.option('--skip-broken', help='Leave out images that cannot be used', is_flag=True)
+workers_option = click.option(
+    '--workers', help='Processes that read images', metavar='INT', type=click.IntRange(min=0), default=3
+)
+
+
+@click.group(context_settings={'show_default': True, 'max_content_width': 120})
+def main() -> None:
+    """Measure how far images are from real ones.
+
+    \b
+    # FID of 50,000 images against EDM's reference statistics of CIFAR-10
+    python generate.py --outdir=fid-tmp --seeds=0-49999 --subdirs --network=…
+    python fid.py calc --images=fid-tmp \\
+        --ref=https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz
+
+    \b
+    # The protocol of the papers: the smallest FID of three sets, seeds 0-49999, 50000-99999, 100000-149999
+    python fid.py calc --images=fid-tmp --ranges=3 --ref=…
+
+    \b
+    # Without any download: another detector, real images as the reference, several distances at once
+    python fid.py calc --images=out --ref=datasets/mnist-32x32.zip --num=5000 \\
+        --detector=efficientnet-lite0 --metrics=fid,kid,prdc
+
+    \b
+    # Reference statistics of a dataset
+    python fid.py ref --data=datasets/my-dataset.zip --dest=fid-refs/my-dataset.npz
+    """
+
+
+@main.command()
+@click.option(
+    '--images', help='Images to measure; more than once: all of them', metavar='DIR|ZIP', required=True, multiple=True
+)
+@click.option(
+    '--ref', help='Reference statistics, or the real images themselves', metavar='NPZ|URL|DIR|ZIP', required=True
+)
+@click.option('--num', help='Number of images to use', metavar='INT', type=click.IntRange(min=2), default=50000)
+@click.option('--seed', help='Which of them, where there are more', metavar='INT', type=int, default=0)
+@click.option(
+    '--ranges',
+    help='Measure so many consecutive sets of --num images',
+    metavar='INT',
+    type=click.IntRange(min=1),
+    default=1,
+)
+@click.option('--metrics', help=f'Some of {",".join(measure.METRICS)}', metavar='LIST', default='fid')
+@click.option('--features', help='Keep the features of the images here, or use those kept', metavar='NPZ')
+@click.option('--json', 'as_json', help='Print a record instead of the number', is_flag=True)
+@click.option('--force', help='Compare with statistics of another detector or resize', is_flag=True)
+@batch_option
+@detector_option
+@skip_option
+@workers_option
+@device_option
+def calc(
+    images, ref, num, seed, ranges, metrics, features, as_json, force, batch, detector, skip_broken, workers, device
+):
+    """Print a distance between images and real ones.
+
+    The number alone goes to stdout (several metrics: a line each, name and value), all the rest to stderr.
+    """
+    try:
+        device = dist.init(device)
+        names = measure.parse_metrics(metrics)
+        reading = {'batch': batch, 'skip_broken': skip_broken, 'workers': workers}
+        if features and ranges > 1:
+            raise click.UsageError('--features keeps one set of images, and so does not go with --ranges')
+        keep = measure.needs_features(names) or features is not None
+        reference, detector = open_reference(ref, detector, device, keep=keep, **reading)
+        measure.check_comparable(detector, reference, names, force)
+        note = {'detector': detector.name, 'weights_sha256': detector.weights_sha256, 'resize': detector.resize}
+        note |= {'images': list(images), 'num': num, 'seed': seed}
+        cached = cached_features(features, note, detector, device)
+        sets = [cached] if cached else []
+        if not cached:
+            files = ImageFiles(images)
+            for chosen in choose_images(files, num, seed, ranges):
+                sets.append(features_of(files, chosen, detector, device, keep, **reading))
+        if features and not cached and dist.get_rank() == 0:
+            keep_features(features, note, sets[0])
+        for text in measure.warnings(sets[0], reference):
+            say(f'Warning: {text}')
+        results = [measure.measure(each, reference, names) for each in sets]
+        say(f'{detector.title} of {sets[0].moments.n} images against {ref}, seed {seed}:')
+    except (OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from None
+    versions = {name: metadata.version(name) for name in ('torch', 'numpy', 'pillow')}
+    record = {'title': detector.title, 'n': sets[0].moments.n, **note, 'ref': ref, 'versions': versions}
+    show(results, record, as_json)
+    dist.barrier()
+
+
+def keep_features(path: str, note: dict[str, Any], features: FeatureSet) -> None:
+    assert features.features is not None
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with dnnlib.util.atomic_write(path) as file:
+        np.savez(file, features=features.features, note=np.array(json.dumps(note)))
+
+
+@main.command()
+@click.option('--data', help='Real images', metavar='DIR|ZIP', required=True)
+@click.option('--dest', help='File to write', metavar='NPZ', required=True)
+@click.option('--with-features', help='Store the features too, for all metrics but fid', is_flag=True)
+@batch_option
+@detector_option
+@skip_option
+@workers_option
+@device_option
+def ref(data, dest, with_features, batch, detector, skip_broken, workers, device):
+    """Write the reference statistics of a dataset."""
+    try:
+        device = dist.init(device)
+        loaded = load_detector(detector or INCEPTION, device)
+        files = ImageFiles([data])
+        reading = {'batch': batch, 'skip_broken': skip_broken, 'workers': workers}
+        result = features_of(files, np.arange(len(files)), loaded, device, with_features, **reading)
+        if dist.get_rank() == 0:
+            write_reference(result.reference(), dest)
+    except (OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from None
+    say(f'Statistics of {len(files)} images in {dest}')
+    dist.barrier()
+
+
+if __name__ == '__main__':
+    main()
