@@ -26,6 +26,8 @@ strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinat
 
 import functools
 import math
+import re
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -433,12 +435,24 @@ class Denoiser:
         return self._call(self._cast(x), self._cast(sigma, x)).to(x.dtype)
 
     def jvp(self, x, sigma, dx, dsigma):
-        """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation."""
+        """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation.
+
+        Raises:
+            ValueError: a layer of the network has no forward mode.
+        """
         at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
-        if dsigma == 0:  # a network need not be differentiable in σ
-            D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
-        else:
-            D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
+        try:
+            if dsigma == 0:  # a network need not be differentiable in σ
+                D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
+            else:
+                D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
+        except RuntimeError as err:
+            if re.search(NO_FORWARD_MODE, str(err)) is None:
+                raise
+            raise ValueError(
+                f"{failed_layer(err)} has no forward-mode derivative, which scheme='taylor' needs; "
+                "use scheme='rk' (in generate.py: --scheme=rk)"
+            ) from err
         return D.to(x.dtype), dD.to(x.dtype)
 
     def _call(self, x, sigma):
@@ -448,6 +462,22 @@ class Denoiser:
         """A tensor of the network's dtype, on the device of `like`."""
         reference = value if like is None else like
         return torch.as_tensor(value, dtype=self._dtype or reference.dtype, device=reference.device)
+
+
+# What PyTorch says in forward mode of: an operation without a rule; an autograd.Function without `jvp` or without
+# `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two.
+NO_FORWARD_MODE = "forward (mode )?AD|functorch|(have|access) storage"
+
+
+def failed_layer(err):
+    """The innermost module that `err` was raised in, by its name in the outermost one and its class."""
+    frames = [frame for frame, _ in traceback.walk_tb(err.__traceback__)]
+    entered = [frame.f_locals.get('self') for frame in frames]
+    modules = [each for each in entered if isinstance(each, torch.nn.Module)]
+    if not modules:
+        return 'the network'
+    names = {module: name for name, module in modules[0].named_modules()}
+    return f"the network's layer {names.get(modules[-1]) or '(outermost)'} of class {type(modules[-1]).__name__}"
 
 
 class CountCalls:
