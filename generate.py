@@ -421,6 +421,27 @@ def load_network(path: str, device: torch.device, trust_pickle: bool = False) ->
     return (net or network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
 
 
+PRECISIONS = {'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+def set_precision(net: Any, device: torch.device, dtype: str) -> None:
+    """Make `net` compute in 'fp32', or let autocast compute in 'fp16' or 'bf16'; weights, input and output stay.
+
+    Raises:
+        click.ClickException: the device cannot.
+    """
+    net.use_fp16 = False  # EDM's own half precision; it would mix with autocast's
+    if dtype == 'fp32':
+        return
+    if device.type == 'cpu':
+        dist.print0(f'Warning: --dtype={dtype} is for GPUs; many CPUs compute it far slower than fp32')
+    try:
+        precision = torch.autocast(device.type, PRECISIONS[dtype])
+    except RuntimeError as err:
+        raise click.ClickException(f'--dtype={dtype}: {err}') from None
+    net.forward = precision(net.forward)
+
+
 # ----------------------------------------------------------------------------
 # Command line.
 
@@ -452,6 +473,8 @@ non_negative = click.FloatRange(min=0)
 @click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', show_default='that of --ref')
 @click.option('--device',                    help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 @click.option('--trust-pickle',              help='Run the code inside the network file', is_flag=True)
+@click.option('--dtype',                     help='Precision inside the network; the state stays float64', type=click.Choice(['fp32', 'fp16', 'bf16']), show_default="fp32, or the file's own on CUDA")
+@click.option('--compile', 'compile_net',    help='Compile the network first, for minutes; not with --scheme=taylor', is_flag=True)
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=click.IntRange(min=1), default=18)
 @click.option('--sigma_min',                 help='Lowest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 0.002')
 @click.option('--sigma_max',                 help='Highest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 80')
@@ -470,7 +493,7 @@ non_negative = click.FloatRange(min=0)
 @click.option('--scaling',                   help='db, ablation: signal scaling s(t)', type=click.Choice(['vp', 'none']))
 def main(
     network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, metrics, ref, detector, device, trust_pickle,
-    randn_like, noise, **options
+    dtype, compile_net, randn_like, noise, **options
 ):
     """Generate images, one per seed.
 
@@ -496,6 +519,11 @@ def main(
     sampler = choose_sampler(randn_like, options)
     if noise == 'path' and randn_like != 'ddb':
         raise click.UsageError('--noise=path belongs to --randn_like=ddb')
+    if compile_net and randn_like == 'ddb' and options['scheme'] != 'rk':
+        raise click.UsageError(
+            '--compile saves nothing with --scheme=taylor: PyTorch runs a compiled network uncompiled when it takes '
+            'a JVP; use --scheme=rk'
+        )
     if outdir is None and metrics is None:
         raise click.UsageError('--outdir is missing: the folder for the images')
     if (metrics is None) != (ref is None) or (detector is not None and ref is None):
@@ -505,8 +533,13 @@ def main(
     except ValueError as err:
         raise click.ClickException(str(err)) from None
     dist.print0(f'Loading network from {network_pkl} ...')
-    net = sampler_2nd.CountCalls(load_network(network_pkl, device, trust_pickle))
-    check_network(net, class_idx)
+    loaded = load_network(network_pkl, device, trust_pickle)
+    check_network(loaded, class_idx)
+    if dtype is not None:
+        set_precision(loaded, device, dtype)
+    if compile_net:
+        loaded.compile()
+    net = sampler_2nd.CountCalls(loaded)
     batches = split_seeds(seeds, max_batch_size)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     num_steps = options['num_steps']
@@ -528,6 +561,10 @@ def main(
         numbers = scores.finish() if scores is not None else {}
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
+    except RuntimeError as err:
+        if not compile_net or not isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        raise click.ClickException(f'--compile: {network_io.one_line(err.inner_exception)}') from None
     dist.barrier()
     seconds = time.perf_counter() - start
     dist.print0(f'{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.2f} images/s) on {device}')

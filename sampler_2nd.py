@@ -466,18 +466,17 @@ class Denoiser:
 
 # What PyTorch says in forward mode of: an operation without a rule; an autograd.Function without `jvp` or without
 # `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two.
-NO_FORWARD_MODE = "forward (mode )?AD|functorch|(have|access) storage"
+NO_FORWARD_MODE = 'forward (mode )?AD|functorch|(have|access) storage'
 
 
 def failed_layer(err):
-    """The innermost module that `err` was raised in, by its name in the outermost one and its class."""
-    frames = [frame for frame, _ in traceback.walk_tb(err.__traceback__)]
-    entered = [frame.f_locals.get('self') for frame in frames]
+    """Words for the innermost module that `err` was raised in: its name in the outermost one, and its class."""
+    entered = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(err.__traceback__)]
     modules = [each for each in entered if isinstance(each, torch.nn.Module)]
     if not modules:
         return 'the network'
     names = {module: name for name, module in modules[0].named_modules()}
-    return f"the network's layer {names.get(modules[-1]) or '(outermost)'} of class {type(modules[-1]).__name__}"
+    return f'layer {names.get(modules[-1]) or "(no name)"} of the network, a {type(modules[-1]).__name__},'
 
 
 class CountCalls:
