@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 from email.message import Message
@@ -301,13 +302,22 @@ def _is_transient(err: requests.RequestException) -> bool:
     if err.response is not None:
         return err.response.status_code >= 500 or err.response.status_code in _TRANSIENT_STATUS
     kinds = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    return isinstance(err, kinds) and not isinstance(err, requests.exceptions.SSLError)
+    unknown_host = isinstance(_cause(err).__context__, socket.gaierror)
+    return isinstance(err, kinds) and not isinstance(err, requests.exceptions.SSLError) and not unknown_host
 
 
 def _reason(err: requests.RequestException) -> str:
     if err.response is not None:
         return f'HTTP status {err.response.status_code} {err.response.reason}'
-    return ' '.join(str(err).split())
+    text = re.sub(r'^\w+\(host=.*?\): ', '', str(_cause(err)))
+    return ' '.join(text.split())
+
+
+def _cause(err: requests.RequestException) -> BaseException:
+    """What urllib3 raised, without what requests wrapped around it."""
+    inner = next((arg for arg in err.args if isinstance(arg, Exception)), err)
+    reason = getattr(inner, 'reason', None)
+    return reason if isinstance(reason, Exception) else inner
 
 
 def _from_hub(url: str) -> str:

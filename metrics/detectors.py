@@ -72,7 +72,7 @@ def _inception_file() -> str:
         return dnnlib.util.open_url(INCEPTION_URL, num_attempts=3, return_filename=True)
     except OSError as err:
         raise DetectorError(
-            f'FID needs {INCEPTION_URL} ({err}); download it elsewhere and pass it as --detector=PATH, or put it into '
+            f'{err}; FID needs this file: download it elsewhere and pass it as --detector=PATH, or put it into '
             f'{folder}; offline there is --detector=efficientnet-lite0'
         ) from None
 

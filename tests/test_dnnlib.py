@@ -618,6 +618,14 @@ def test_no_server_at_all(cache_dir):
     assert names_in(cache_dir) == []
 
 
+def test_unknown_host_is_asked_for_once(cache_dir, capsys):
+    url = 'http://no-such-host.invalid/net.pkl'
+    with pytest.raises(OSError, match=r'^cannot download http://no-such-host.invalid/net.pkl: Failed to resolve'):
+        util.open_url(url, cache_dir=str(cache_dir))
+    assert capsys.readouterr().err == ''
+    assert names_in(cache_dir) == []
+
+
 def test_interrupted_download_leaves_nothing(server, cache_dir, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

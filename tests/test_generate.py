@@ -1,6 +1,7 @@
 """generate.py: EDM's numbers, the command line with its errors, and images that depend on their seeds only."""
 
 import contextlib
+import copy
 import inspect
 import io
 import json
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import foreign_edm
 import numpy as np
 import PIL.Image
@@ -616,6 +618,8 @@ def assert_refused(outcome, outdir, *words):
         (['--randn_like=ddb', '--scheme=rk', '--S_min=1'], ['rk', 'S_min', 'taylor']),
         (['--randn_like=ddb', '--scheme=rk', '--S_max=10'], ['rk', 'S_max', 'taylor']),
         (['--scheme=taylor'], ['--scheme', '--randn_like=ddb']),
+        (['--randn_like=ddb', '--compile'], ['--compile', '--scheme=rk']),
+        (['--dtype=fp8'], ['--dtype', 'fp16']),
         (['--eta=1'], ['--eta', '--randn_like=ddb', '--S_churn']),
         (['--device=tpu'], ['--device', 'tpu']),
         (['--network={files}/none.pkl'], ['--network', 'none.pkl', 'No such file']),
@@ -740,3 +744,100 @@ def test_a_failed_write_leaves_nothing_behind(network_files, tmp_path, monkeypat
     monkeypatch.setattr(dnnlib.util.os, 'fsync', full_disk)
     outcome = run(f'--outdir={tmp_path}', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=1')
     assert_refused(outcome, tmp_path, 'No space left')
+
+
+# ----------------------------------------------------------------------------
+# How the network is run.
+
+# It imports a module of PyTorch that warns of itself.
+torch_compile = pytest.mark.filterwarnings('ignore:`torch.jit.script_method` is deprecated:DeprecationWarning')
+
+MODES = [['--S_churn=20'], ['--randn_like=ddb'], ['--randn_like=ddb', '--scheme=rk']]
+
+
+def grey_levels(folder, *args):
+    run_ok(f'--outdir={folder}', '--seeds=0-7', '--steps=10', '--rho=3', *args)
+    return np.stack(list(pictures(folder).values())).astype(int)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_lower_precision_moves_the_images_little(network_files, tmp_path, mode):
+    """By at most 2 of 255 grey levels in float16 and 8 in bfloat16, which has three bits less (seen here: 1 and 3)."""
+    common = (f'--network={network_files}/digits.pkl', *mode)
+    default = grey_levels(tmp_path / 'default', *common)
+    assert default.std() > 5
+    assert np.array_equal(grey_levels(tmp_path / 'fp32', *common, '--dtype=fp32'), default)
+    for dtype, largest in [('fp16', 2), ('bf16', 8)]:
+        change = abs(grey_levels(tmp_path / dtype, *common, f'--dtype={dtype}') - default)
+        assert 0 < change.max() <= largest
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'expected'), [('fp32', torch.float32), ('fp16', torch.float16), ('bf16', torch.bfloat16)]
+)
+def test_precision_overrides_that_of_the_file(capsys, dtype, expected):
+    net = networks.EDMPrecond(8, 1, use_fp16=True, **SONG).requires_grad_(False)
+    seen = []
+    net.model.map_layer0.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    generate.set_precision(net, torch.device('cpu'), dtype)
+    assert net(torch.zeros(1, 1, 8, 8), torch.ones(1)).dtype == torch.float32
+    assert (net.use_fp16, seen) == (False, [expected])
+    assert ('Warning' in capsys.readouterr().out) == (dtype != 'fp32')
+
+
+def test_a_device_without_the_precision(digits):
+    with pytest.raises(click.ClickException, match=r'--dtype=fp16: .*meta'):
+        generate.set_precision(digits, torch.device('meta'), 'fp16')
+
+
+class WithoutForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 1 * x
+
+
+class ForeignLayer(torch.nn.Module):
+    def forward(self, x):
+        return WithoutForwardMode.apply(x)
+
+
+def test_a_foreign_layer_without_a_forward_mode_is_named(network_files, digits, tmp_path, monkeypatch):
+    net = copy.deepcopy(digits)
+    net.model.enc['4x4_block0'].norm2 = ForeignLayer()
+    monkeypatch.setattr(generate, 'load_network', lambda *args: net)
+    args = (f'--outdir={tmp_path}', '--seeds=0', '--steps=3', '--randn_like=ddb')
+    assert_refused(run(*args), tmp_path, 'model.enc.4x4_block0.norm2', 'ForeignLayer', '--scheme=rk')
+    run_ok(*args, '--scheme=rk')
+
+
+@torch_compile
+def test_compile_without_a_compiler(network_files, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch._inductor.config.cpp.cxx', (None, '/nowhere/g++'))
+    outcome = run(f'--outdir={tmp_path}', f'--network={network_files}/grey.pkl', '--seeds=0', '--steps=2', '--compile')
+    assert_refused(outcome, tmp_path, '--compile', 'compiler', '/nowhere/g++')
+
+
+@torch_compile
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', MODES[::2])
+def test_a_compiled_network_makes_the_same_images(network_files, tmp_path, mode):
+    """To one grey level, where rounding goes the other way."""
+    common = (f'--network={network_files}/digits.pkl', *mode)
+    eager = grey_levels(tmp_path / 'eager', *common)
+    assert eager.std() > 5
+    assert abs(grey_levels(tmp_path / 'compiled', *common, '--compile') - eager).max() <= 1
+
+
+@torch_compile
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_network_keeps_its_tangents(digits):
+    """PyTorch runs it uncompiled then, so that its JVP is the same to the bit and --compile is refused for taylor."""
+    net, labels = copy.deepcopy(digits), torch.eye(3)
+    net.compile()
+    x, dx = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    eager, compiled = (torch.func.jvp(lambda x, f=f: f(x, torch.ones(()), labels), (x,), (dx,)) for f in (digits, net))
+    assert float(eager[1].norm()) > 1
+    assert all(torch.equal(*pair) for pair in zip(eager, compiled, strict=True))
+    assert torch.allclose(net(x, torch.ones(()), labels), eager[0], atol=1e-5)
+    assert not torch.equal(net(x, torch.ones(()), labels), eager[0])

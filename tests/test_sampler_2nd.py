@@ -235,6 +235,86 @@ def test_arguments_out_of_range_are_named(kwargs, message):
         ito_taylor_sampler(Gaussian(), torch.randn(1, 1, 2, 2), **kwargs)
 
 
+class OldFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+
+class NewFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+def fused_attention(x):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def foreign_kernel(x):
+    return torch.from_numpy(2 * x.numpy())
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, *args):
+        return self.function(x)
+
+
+class LayeredNet(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.enc = torch.nn.ModuleDict(
+            {'4x4_in': torch.nn.Identity(), '4x4_block': torch.nn.Sequential(Layer(function))}
+        )
+        self.out = torch.nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, sigma, class_labels=None):
+        for layer in self.enc.values():
+            x = layer(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize('eta', [1, 0.5])
+@pytest.mark.parametrize('function', [OldFunction.apply, NewFunction.apply, fused_attention, foreign_kernel])
+def test_a_layer_without_a_forward_mode_is_named(function, eta):
+    net, latents = LayeredNet(function), torch.randn(2, 1, 4, 4)
+    for each in (net, CountCalls(net), lambda x, *args: net(x.float(), *args)):
+        with pytest.raises(
+            ValueError, match=r"layer enc\.4x4_block\.0 of the network, a Layer, .*'taylor'.*scheme='rk'"
+        ):
+            ito_taylor_sampler(each, latents, eta=eta)
+    assert ito_taylor_sampler(net, latents, scheme='rk').isfinite().all()
+
+
+def test_a_network_of_one_piece_without_a_forward_mode():
+    for net, words in [
+        (Layer(NewFunction.apply), r'layer \(no name\) of the network, a Layer,'),
+        (lambda x, *args: foreign_kernel(x), 'the network has'),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            ito_taylor_sampler(net, torch.randn(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    'error', [RuntimeError('out of memory'), NotImplementedError('no such layer'), ValueError('labels')]
+)
+def test_other_errors_of_the_network_pass_unchanged(error):
+    def fail(x):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        ito_taylor_sampler(LayeredNet(fail), torch.randn(2, 1, 4, 4))
+    assert raised.value is error
+
+
 def test_the_file_imports_torch_and_the_standard_library_only():
     imported = set()
     for node in ast.walk(ast.parse(SOURCE.read_text())):
