@@ -521,8 +521,8 @@ def main(
         raise click.UsageError('--noise=path belongs to --randn_like=ddb')
     if compile_net and randn_like == 'ddb' and options['scheme'] != 'rk':
         raise click.UsageError(
-            '--compile saves nothing with --scheme=taylor: PyTorch runs a compiled network uncompiled when it takes '
-            'a JVP; use --scheme=rk'
+            '--compile does nothing for --scheme=taylor: PyTorch runs a compiled network uncompiled where it takes a '
+            'JVP; use --scheme=rk'
         )
     if outdir is None and metrics is None:
         raise click.UsageError('--outdir is missing: the folder for the images')

@@ -6,9 +6,12 @@ Three measures against the real digits that it was trained on: the Fréchet dist
 asked for. All samplers get the same latents and classes; the error bar is the standard deviation over the seed sets.
 """
 
+import json
 import os
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -67,7 +70,26 @@ class Result(NamedTuple):
     frechet: float
     sliced: float
     right: float
-    seconds: float
+    seconds: float  # per digit
+
+
+class Record:
+    """Results by what they are of, a line of JSON each in a file, so that a stopped benchmark goes on where it was."""
+
+    def __init__(self, path):
+        self._path, self._known = Path(path), {}
+        if self._path.exists():
+            lines = map(json.loads, self._path.read_text().splitlines())
+            self._known = {json.dumps(of): Result(**result) for of, result in lines}
+
+    def get(self, of, compute):
+        """The result for `of`, a dict of plain values, from the file or else from `compute()`."""
+        if json.dumps(of) not in self._known:
+            result = self._known[json.dumps(of)] = compute()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open('a') as file:
+                file.write(json.dumps([of, result._asdict()]) + '\n')
+        return self._known[json.dumps(of)]
 
 
 def sample(net, sampler, evaluations, rho, num, seed, batch):
@@ -89,13 +111,14 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
     return images, classes, seconds
 
 
-def judge(judge, images, classes, seconds):
+def sample_and_judge(judge, net, sampler, evaluations, rho, num, seed, batch):
+    images, classes, seconds = sample(net, sampler, evaluations, rho, num, seed, batch)
     pixels = images.flatten(1).double() / 127.5 - 1
     return Result(
         judge.frechet_distance(pixels),
         judge.sliced_wasserstein(pixels),
         judge.share_right(images, classes),
-        seconds / len(images),
+        seconds / num,
     )
 
 
@@ -115,8 +138,9 @@ def cell(results):
 @click.option('--evaluations', help='Of the network, per digit', metavar='LIST', default='12,16,24,32')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
+@click.option('--results', help='Kept here, and not computed again', metavar='JSONL', default='out/digits.jsonl')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=100)
-def main(network, data, num, sets, evaluations, rho, names, batch):
+def main(network, data, num, sets, evaluations, rho, names, results, batch):
     """Print: Fréchet distance / sliced Wasserstein distance / share read right / seconds per digit.
 
     \b
@@ -135,15 +159,19 @@ def main(network, data, num, sets, evaluations, rho, names, batch):
     except OSError as err:
         raise click.ClickException(str(err)) from None
     real = train.images.flatten(1).double() / 127.5 - 1
-    the_judge = Judge(real, classifier)
+    judge, record = Judge(real, classifier), Record(results)
+    network_id = digits_classifier.identify(network)
     print('| sampler | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|')
     for name in names or samplers:
-        sampler = samplers[name]
-        cells = [
-            cell([judge(the_judge, *sample(net, sampler, n, rho, num, seed, batch)) for seed in range(sets)])
-            for n in counts
-        ]
+        cells = []
+        for n in counts:
+            of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch, 'network': network_id}
+            found = []
+            for seed in range(sets):
+                compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)
+                found.append(record.get({**of, 'seed': seed}, compute))
+            cells.append(cell(found))
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
 
 
