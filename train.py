@@ -4,18 +4,27 @@ The command line becomes a plain config (`training_options.json`), the config be
 `training.training_loop.training_loop`.
 """
 
+import contextlib
+import importlib.util
 import json
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 import dnnlib
+from generate import edm_sampler, generate_images, split_seeds
+from sampler_2nd import ito_taylor_sampler
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from training.training_loop import training_loop
+from training import run_state
+from training.contact_sheet import contact_sheet
+from training.training_loop import split_batch, training_loop
 
 ARCHS: dict[str, dict[str, Any]] = {
     'ddpmpp': {
@@ -48,9 +57,15 @@ PRECONDS = {
 AUGMENTATIONS = {'xflip': 1e8, 'yflip': 1, 'scale': 1, 'rotate_frac': 1, 'aniso': 1, 'translate_frac': 1}
 AUGMENT_DIM = 9  # numbers by which AUGMENTATIONS tells the network what it did
 
+# What --samples draws with, from left to right: db and ddb of generate.py, at their usual settings.
+SHEET_SAMPLERS: list[Callable[..., torch.Tensor]] = [
+    partial(edm_sampler, num_steps=18),
+    partial(ito_taylor_sampler, num_steps=40, scheme='rk'),
+]
 
-def make_config(opts: dnnlib.EasyDict, dataset: Any) -> dict[str, Any]:
-    """The config of a run: keyword arguments of `training_loop`, in the order of training_options.json."""
+
+def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -> dict[str, Any]:
+    """The config of a run, which goes on from the file `state`: what training_options.json says, in its order."""
     network_class, loss_class = PRECONDS[opts.precond]
     network_kwargs = {**ARCHS[opts.arch], 'class_name': network_class}
     if opts.cbase is not None:
@@ -94,26 +109,75 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any) -> dict[str, Any]:
         snapshot_ticks=opts.snap,
         state_dump_ticks=opts.dump,
         snapshot_format=opts.format,
+        trust_pickle=opts.trust_pickle,
         seed=opts.seed,
     )
+    config.update(samples=opts.samples, plot=opts.plot, tensorboard=opts.tensorboard)
     if opts.transfer is not None:
         config.update(resume_pkl=opts.transfer, ema_rampup_ratio=None)
-    if opts.resume is not None:
-        config.update(resume_state_dump=find_state(opts.resume))
+    if state is not None:
+        config.update(resume_kwargs(state))
     return config
 
 
-def find_state(path: str) -> str:
-    """A training-state-*.pt file: `path` itself, or the latest one in the folder `path`."""
-    name = re.compile(r'training-state-\d+\.pt')
-    if os.path.isdir(path):
-        states = sorted((f for f in os.listdir(path) if name.fullmatch(f)), key=lambda f: int(re.sub(r'\D', '', f)))
-        if not states:
-            raise click.ClickException(f'--resume={path}: no training-state-*.pt in this folder')
-        return os.path.join(path, states[-1])
-    if not name.fullmatch(os.path.basename(path)) or not os.path.isfile(path):
-        raise click.ClickException(f'--resume={path}: give a training-state-*.pt file or the folder of a run')
-    return path
+def find_state(resume: str | None, run_dir: str, nosubdir: bool = False) -> str | None:
+    """The state file that `--resume` means, or None for a fresh start.
+
+    A file is itself, a folder its newest state, `latest` the newest state of the newest run named like `run_dir`. Without
+    --resume, the newest state in `run_dir`: the same command with --nosubdir goes on. Damaged states are passed over.
+    """
+    if resume is None:
+        return run_state.latest_state(run_dir)
+    if resume == 'latest':
+        folders = [run_dir] if nosubdir else _runs_like(run_dir)
+        state = next(filter(None, map(run_state.latest_state, folders)), None)
+        if state is None:
+            looked = ', '.join(folders) or f'{os.path.dirname(run_dir)}, which has no run of this name'
+            raise click.ClickException(f'--resume=latest: found no training-state-*.pt in {looked}')
+        return state
+    if os.path.isdir(resume):
+        state = run_state.latest_state(resume)
+        if state is None:
+            raise click.ClickException(f'--resume={resume}: no training-state-*.pt in this folder')
+        return state
+    if not run_state.STATE_NAME.fullmatch(os.path.basename(resume)) or not os.path.isfile(resume):
+        raise click.ClickException(
+            f'--resume={resume}: give a training-state-*.pt file, the folder of a run, or the word latest'
+        )
+    return resume
+
+
+def _runs_like(run_dir: str) -> list[str]:
+    """The folders beside a new `run_dir` that have its name, up to the number, newest first."""
+    outdir, name = os.path.split(run_dir)
+    pattern = r'\d+' + re.escape(name.lstrip('0123456789'))
+    runs = [entry for entry in os.listdir(outdir) if re.fullmatch(pattern, entry)] if os.path.isdir(outdir) else []
+    return [os.path.join(outdir, entry) for entry in sorted(runs, key=lambda entry: -int(entry.split('-')[0]))]
+
+
+def resume_kwargs(state: str) -> dict[str, Any]:
+    """The part of the config that continues from a state file, with the snapshot that EDM's states need."""
+    kimg = run_state.state_kimg(state)
+    snapshot = os.path.join(os.path.dirname(state), f'network-snapshot-{kimg:06d}.pkl')
+    return {
+        'resume_pkl': snapshot if os.path.isfile(snapshot) else None,
+        'resume_kimg': kimg,
+        'resume_state_dump': state,
+    }
+
+
+def draw_samples(net: Any, num: int, max_batch: int, device: torch.device) -> np.ndarray | None:
+    """Images of seeds 0 … num − 1, drawn with each of SHEET_SAMPLERS: one picture, on rank 0; the ranks share the work."""
+    batches = split_seeds(range(num), max_batch)
+    mine = batches[dist.get_rank() :: dist.get_world_size()]
+    groups = []
+    for sampler in SHEET_SAMPLERS:
+        drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device)))
+        by_seed = {
+            seed: image for part in drawn for seeds, images in part for seed, image in zip(seeds, images, strict=True)
+        }
+        groups.append(np.stack([by_seed[seed] for seed in range(num)]))
+    return contact_sheet(groups) if dist.get_rank() == 0 else None
 
 
 def run_dir_name(opts: dnnlib.EasyDict, dataset_name: str) -> str:
@@ -192,11 +256,15 @@ at_least_one = click.IntRange(min=1)
 @click.option('--nosubdir',      help='Write into --outdir itself', is_flag=True)
 @click.option('--tick',          help='Print progress every', metavar='KIMG', type=at_least_one, default=50)
 @click.option('--snap',          help='Save a network every', metavar='TICKS', type=at_least_one, default=50)
+@click.option('--samples',       help='Draw so many images with every network saved, by db and by ddb', metavar='INT', type=click.IntRange(min=0), default=0)
+@click.option('--plot',          help='Draw the loss curve, loss.png, with every network saved', metavar='BOOL', type=bool, default=False)
+@click.option('--tensorboard',   help='Write events for TensorBoard', metavar='BOOL', type=bool, default=False)
 @click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
 @click.option('--dump',          help='Save the training state every', metavar='TICKS', type=at_least_one, default=500)
 @click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(min=0))
 @click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL')
-@click.option('--resume',        help='Go on from this state, or the latest in a folder', metavar='PT|DIR')
+@click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest')
+@click.option('--trust-pickle',  help='Run the code in the files of --transfer and --resume', is_flag=True)
 @click.option('-n', '--dry-run', help='Print the config and exit', is_flag=True)
 def main(**kwargs):
     """Train a network that denoises images.
@@ -212,37 +280,40 @@ def main(**kwargs):
         --data=datasets/cifar10-32x32.zip --cond=1 --arch=ddpmpp
     """
     opts = dnnlib.EasyDict(kwargs)
-    if opts.transfer is not None and opts.resume is not None:
-        raise click.ClickException('--transfer and --resume exclude each other')
+    _check_options(opts)
     torch.multiprocessing.set_start_method('spawn', force=True)
     try:
         device = dist.init(opts.device)
+        split_batch(opts.batch, opts.batch_gpu)
     except ValueError as err:
         raise click.ClickException(str(err)) from None
-    world = dist.get_world_size()
-    training_stats.init_multiprocessing(dist.get_rank(), device if world > 1 else None)
+    training_stats.init_multiprocessing(dist.get_rank(), device if dist.get_world_size() > 1 else None)
     dataset = _open_dataset(opts)
-    if opts.seed is None:
-        opts.seed = dist.broadcast_object(int.from_bytes(os.urandom(4), 'little') % 2**31)
-    config = make_config(opts, dataset)
     run_dir = opts.outdir if opts.nosubdir else run_dir_name(opts, dataset.name)
+    state = _on_rank0(partial(find_state, opts.resume, run_dir, opts.nosubdir))
+    if opts.seed is None:
+        opts.seed = _on_rank0(partial(_choose_seed, state))
+    config = make_config(opts, dataset, state)
+    _check_resolution(config)
     _print_config(config, opts, dataset, run_dir, device)
     if opts.dry_run:
         dist.print0('Dry run; exiting.')
         return
 
     dist.barrier()  # all ranks have read the names in --outdir before one adds to them
-    if dist.get_rank() == 0:
-        os.makedirs(run_dir, exist_ok=True)
-        with open(os.path.join(run_dir, 'training_options.json'), 'w') as file:
-            json.dump({**config, 'run_dir': run_dir}, file, indent=2)
-        dnnlib.util.Logger(file_name=os.path.join(run_dir, 'log.txt'), file_mode='a')
-    try:
-        training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device))
-    except ValueError as err:
-        raise click.ClickException(str(err)) from None
+    _train(config, run_dir, device)
 
 # fmt: on
+
+
+def _check_options(opts: dnnlib.EasyDict) -> None:
+    """What can be said without a dataset."""
+    for one, other in [('transfer', 'resume'), ('fp16', 'bf16')]:
+        if opts[one] and opts[other]:
+            raise click.ClickException(f'--{one} and --{other} exclude each other')
+    for option, package, extra in [('tensorboard', 'tensorboard', 'tensorboard'), ('plot', 'matplotlib', 'plot')]:
+        if opts[option] and importlib.util.find_spec(package) is None:
+            raise click.ClickException(f'--{option} needs {package}: pip install "dmsde2[{extra}]"')
 
 
 def _open_dataset(opts: dnnlib.EasyDict) -> Any:
@@ -256,16 +327,96 @@ def _open_dataset(opts: dnnlib.EasyDict) -> Any:
             raise click.ClickException(f'--cond=1 needs labels, and {opts.data} has none in its dataset.json')
     except OSError as err:
         raise click.ClickException(f'--data: {err}') from None
+    _, height, width = dataset.image_shape
+    if height != width:
+        raise click.ClickException(
+            f'--data={opts.data}: images are {width}x{height}, not square; '
+            f'dataset_tool.py --transform=center-crop --resolution={height}x{height} makes them so'
+        )
     return dataset
 
 
+def _check_resolution(config: dict[str, Any]) -> None:
+    """The network halves the images once for each entry of --cres after the first."""
+    resolution, halvings = config['dataset_kwargs']['resolution'], len(config['network_kwargs']['channel_mult']) - 1
+    if resolution % 2**halvings:
+        raise click.ClickException(
+            f'--data: images of {resolution}x{resolution} cannot be halved {halvings} times; give fewer channel '
+            f'multiples (--cres=1,2), or resize with dataset_tool.py to a multiple of {2**halvings}'
+        )
+
+
+def _on_rank0(choose: Callable[[], Any]) -> Any:
+    """What `choose()` returns on rank 0, or the error it raises there, on every rank."""
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = choose()
+        except click.ClickException as err:
+            error = err.message
+    result, error = dist.broadcast_object((result, error))
+    if error is not None:
+        raise click.ClickException(error)
+    return result
+
+
+def _choose_seed(state: str | None) -> int:
+    """That of the run whose state goes on, so that the data order does; else a random one."""
+    if state is not None:
+        options = os.path.join(os.path.dirname(state), 'training_options.json')
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(options) as file:
+            return int(json.load(file)['seed'])
+    return int.from_bytes(os.urandom(4), 'little') % 2**31
+
+
+def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
+    """The run, with its options and its log in `run_dir`; what goes wrong becomes one line, in the log as well."""
+    log: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if dist.get_rank() == 0:
+        os.makedirs(run_dir, exist_ok=True)
+        with dnnlib.util.atomic_write(os.path.join(run_dir, 'training_options.json')) as file:
+            file.write(json.dumps({**config, 'run_dir': run_dir}, indent=2).encode())
+        log = dnnlib.util.Logger(file_name=os.path.join(run_dir, 'log.txt'), file_mode='a')
+    with log:
+        try:
+            training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device))
+        except (OSError, ValueError, RuntimeError) as err:
+            message = explain(err)
+            if message is None:
+                raise
+            click.ClickException(message).show()
+            raise SystemExit(1) from None
+
+
+def explain(err: Exception) -> str | None:
+    """One line on what ended a run; None for an error that only its traceback explains."""
+    if isinstance(err, torch.cuda.OutOfMemoryError):
+        return f'out of memory: {str(err).splitlines()[0]} Lower --batch-gpu, which changes nothing but the speed'
+    if not isinstance(err, RuntimeError):
+        # From a loading process the error comes with a traceback, and what it says in the last line.
+        return (str(err).strip() or type(err).__name__).splitlines()[-1].removeprefix('OSError: ')
+    if dist.lost_peer(err):
+        return (
+            f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is unreachable; '
+            'see what that one says, and continue with --resume'
+        )
+    if 'DataLoader worker' in str(err):
+        return f'{str(err).splitlines()[0]} A loading process has died; try --workers=0, or look for a lack of memory'
+    return None
+
+
 def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The config, with loader settings that this machine can honour."""
-    loader = dict(config['data_loader_kwargs'])
+    """The config as `training_loop` takes it, with loader settings that this machine can honour."""
+    kwargs = {**config, 'data_loader_kwargs': dict(config['data_loader_kwargs'])}
+    loader = kwargs['data_loader_kwargs']
     loader['pin_memory'] = loader['pin_memory'] and device.type == 'cuda'
     if loader['num_workers'] == 0:
         del loader['prefetch_factor']
-    return {**config, 'data_loader_kwargs': loader}
+    num_samples = kwargs.pop('samples')
+    if num_samples:
+        _, batch = split_batch(config['batch_size'], config['batch_gpu'])
+        kwargs['draw_samples'] = partial(draw_samples, num=num_samples, max_batch=batch, device=device)
+    return kwargs
 
 
 def _print_config(

@@ -16,7 +16,7 @@ import dataset_tool
 import dnnlib
 import train
 from torch_utils import network_io
-from training import training_loop
+from training import run_state
 
 ROOT = pathlib.Path(train.__file__).parent
 NETWORK = ['--cbase=8', '--cres=1,1', '--num-blocks=1']
@@ -195,17 +195,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path):
         assert torch.equal(moments['exp_avg_sq'], second['optimizer']['state'][index]['exp_avg_sq'])
 
 
-def test_gradients_accumulate_to_those_of_the_whole_batch(data, tmp_path):
-    """No randomness but σ and n: two rounds of 16 see the same images as one of 32, so the loss statistics agree."""
-    for name, options in [('one', []), ('two', ['--batch-gpu=16'])]:
-        run_training(data, tmp_path / name, '--duration=0.001', '--dropout=0', *options)
-    nums = [
-        json.loads((tmp_path / name / 'stats.jsonl').read_text().splitlines()[-1])['Loss/loss']['num']
-        for name in ('one', 'two')
-    ]
-    assert nums[0] == nums[1]
-
-
 def test_transfer_starts_from_the_weights_of_a_network(data, tmp_path):
     run_training(data, tmp_path / 'first', '--duration=0.001', '--format=safetensors')
     source = tmp_path / 'first' / 'network-snapshot-000001.safetensors'
@@ -222,7 +211,7 @@ def test_ema_is_a_half_life_average():
     net, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(net.weight, 1)
     torch.nn.init.constant_(ema.weight, 0)
-    run = training_loop.Run(net, ema, torch.optim.SGD(net.parameters()), cur_nimg=10**9)
+    run = run_state.Run(net, ema, torch.optim.SGD(net.parameters()), cur_nimg=10**9)
     run.update_ema(batch_size=1000, halflife_kimg=1, rampup_ratio=None)
     assert ema.weight.item() == pytest.approx(0.5)
     run.cur_nimg = 0

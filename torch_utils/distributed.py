@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _GROUP_DEFAULTS = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500', 'RANK': '0', 'LOCAL_RANK': '0'}
+_LOST_PEER = r'gloo.transport|NCCL|Connection (closed|reset) by|Broken pipe'
 
 
 def init(device: str | torch.device | None = None) -> torch.device:
@@ -94,6 +96,31 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     total = total.cuda() if dist.get_backend() == 'nccl' else total
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+class AnyRank:
+    """`any_rank(mine)` is True on every process at the same call, if `mine` was on one of them.
+
+    With several processes the answer is that of the call before, so that no process has to wait for its GPU.
+
+    Args:
+        device: where the votes are counted: cuda for nccl, cpu for gloo.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._votes: torch.Tensor | None = None
+
+    def __call__(self, mine: bool) -> bool:
+        if not _has_group():
+            return mine
+        before, self._votes = self._votes, all_reduce(torch.tensor(float(mine), device=self._device))
+        return before is not None and bool(before.item())
+
+
+def lost_peer(err: RuntimeError) -> bool:
+    """Whether PyTorch says with this error that another process of the group is gone."""
+    return isinstance(err, dist.DistError) or re.search(_LOST_PEER, str(err)) is not None
 
 
 def should_stop() -> bool:

@@ -1,0 +1,349 @@
+"""Runs of train.py that go on, stop, fail or show what they do: on scikit-learn's digits, mostly in this process."""
+
+import itertools
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner
+
+import dataset_tool
+import generate
+import train
+from torch_utils import distributed, misc, network_io
+from training import contact_sheet, networks, progress, run_state, training_loop
+
+ROOT = pathlib.Path(train.__file__).parent
+TIMEOUT = 900  # seconds: a loaded machine is no failure
+NETWORK = ['--cbase=8', '--cres=1', '--num-blocks=1']
+SMALL = [*NETWORK, '--batch=16', '--augment=0', '--workers=0', '--tick=1', '--dump=1', '--seed=1', '--device=cpu']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data') / 'digits.zip'
+    run = CliRunner().invoke(dataset_tool.main, ['--source=digits', f'--dest={path}', '--max-images=40'])
+    assert run.exit_code == 0, run.output
+    return path
+
+
+def train_here(data, outdir, *options):
+    return CliRunner().invoke(train.main, [f'--outdir={outdir}', f'--data={data}', *SMALL, '--nosubdir', *options])
+
+
+@pytest.fixture(scope='module')
+def finished(data, tmp_path_factory):
+    """Two kimg in one go: the states 1 and 2, with sample sheets."""
+    outdir = tmp_path_factory.mktemp('run') / 'finished'
+    run = train_here(data, outdir, '--duration=0.002', '--samples=3', '--snap=1')
+    assert run.exit_code == 0, run.output
+    return outdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / 'copied')
+
+
+def assert_same_state(first, second):
+    first, second = (torch.load(path, weights_only=True) for path in (first, second))
+    for part in ('net', 'ema'):
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items()), part
+    for key, moments in first['optimizer']['state'].items():
+        assert torch.equal(moments['exp_avg_sq'], second['optimizer']['state'][key]['exp_avg_sq'])
+    assert torch.equal(first['rng'][0]['cpu'], second['rng'][0]['cpu'])
+    assert (first['cur_nimg'], first['cur_tick']) == (second['cur_nimg'], second['cur_tick'])
+
+
+# ----------------------------------------------------------------------------
+# Going on.
+
+
+def test_the_same_command_again_goes_on(data, finished, tmp_path, monkeypatch):
+    """Stopped in the middle of a tick; and neither the stop nor --samples leaves a trace in the weights."""
+    steps = itertools.count(1)
+    monkeypatch.setattr(distributed, 'should_stop', lambda: next(steps) == 90)
+    options = [data, tmp_path, '--duration=0.002']
+    stopped = train_here(*options)
+    assert stopped.exit_code == 0, stopped.output
+    assert 'Stopped by request at 1.4 kimg' in stopped.output
+    assert torch.load(tmp_path / 'training-state-000001.pt', weights_only=True)['cur_nimg'] == 90 * 16
+    assert train_here(*options).exit_code == 0
+    assert_same_state(finished / 'training-state-000002.pt', tmp_path / 'training-state-000002.pt')
+
+    again = train_here(*options)
+    assert again.exit_code == 0
+    assert 'This run is complete: 2.0 of 2 kimg' in again.output
+
+
+def test_the_seed_goes_on_too(data, copied):
+    config = dry_run(data, copied, '--nosubdir')
+    assert '"seed": 1,' in config
+    assert '"resume_kimg": 2,' in config
+    assert f'"resume_state_dump": "{copied}/training-state-000002.pt"' in config
+    assert f'"resume_pkl": "{copied}/network-snapshot-000002.pkl"' in config
+
+
+def dry_run(data, outdir, *options):
+    run = CliRunner().invoke(train.main, [f'--outdir={outdir}', f'--data={data}', *NETWORK, '--dry-run', *options])
+    assert run.exit_code == 0, run.output
+    return run.output
+
+
+def test_latest_is_of_the_newest_run_of_the_same_name(tmp_path):
+    for name in ('00000-a', '00002-a', '00010-b', '00011-a'):
+        (tmp_path / name).mkdir()
+    for name in ('00000-a', '00002-a', '00010-b'):
+        torch.save({}, tmp_path / name / 'training-state-000001.pt')
+    state = train.find_state('latest', str(tmp_path / '00012-a'))
+    assert state == str(tmp_path / '00002-a' / 'training-state-000001.pt')
+    with pytest.raises(train.click.ClickException, match='found no training-state'):
+        train.find_state('latest', str(tmp_path / '00012-c'))
+    with pytest.raises(train.click.ClickException, match='no training-state'):
+        train.find_state(str(tmp_path / '00011-a'), 'unused')
+    assert train.find_state(None, str(tmp_path / '00013-a')) is None
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    """Within the weights, where PyTorch would not notice."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_a_bit])
+def test_a_damaged_state_is_told_and_the_one_before_taken(data, copied, capsys, damage):
+    newest = copied / 'training-state-000002.pt'
+    damage(newest)
+    assert train.find_state(str(copied), 'unused') == str(copied / 'training-state-000001.pt')
+    assert f'{newest} is damaged' in capsys.readouterr().out
+    run = train_here(data, copied, '--duration=0.003', f'--resume={newest}')
+    assert run.exit_code == 1
+    assert f'{newest} is damaged' in run.output
+    assert 'Traceback' not in run.output
+
+
+def test_a_state_of_something_else_is_refused(data, copied):
+    other = train_here(data, copied, '--duration=0.003', '--cbase=16')
+    assert other.exit_code == 1
+    assert 'does not fit this run' in other.output
+    torch.save({'weights': torch.zeros(1)}, copied / 'training-state-000002.pt')
+    no_state = train_here(data, copied, '--duration=0.003')
+    assert no_state.exit_code == 1
+    assert 'is not the state of a training run' in no_state.output
+
+
+# ----------------------------------------------------------------------------
+# EDM's own states: the network as an object, Adam's state, and nothing else.
+
+
+def small_run(seed):
+    torch.manual_seed(seed)
+    net = networks.EDMPrecond(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1)
+    ema = networks.EDMPrecond(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1)
+    kwargs = {'class_name': 'torch.optim.Adam', 'lr': 1e-3}
+    run = run_state.Run(net, ema, training_loop.make_optimizer(net, kwargs))
+    net(torch.ones(2, 1, 8, 8), torch.ones(2)).sum().backward()
+    run.optimizer.step()
+    return run
+
+
+@pytest.fixture
+def edm_run(tmp_path):
+    theirs = small_run(seed=1)
+    optimizer_state = theirs.optimizer.state_dict()
+    for group in optimizer_state['param_groups']:
+        group.update(fused=None)
+    torch.save({'net': theirs.net, 'optimizer_state': optimizer_state}, tmp_path / 'training-state-000005.pt')
+    network_io.save_network(theirs.ema, tmp_path / 'network-snapshot-000005.pkl')
+    return theirs, str(tmp_path / 'training-state-000005.pt'), str(tmp_path / 'network-snapshot-000005.pkl')
+
+
+def test_states_of_edm_are_read_on_trust(edm_run):
+    theirs, state, snapshot = edm_run
+    ours = small_run(seed=2)
+    ours.load(state, snapshot, trust_pickle=True)
+    for part in ('net', 'ema'):
+        pairs = zip(getattr(theirs, part).parameters(), getattr(ours, part).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), part
+    moments = [run.optimizer.state_dict()['state'][0]['exp_avg'] for run in (theirs, ours)]
+    assert torch.equal(*moments)
+    assert ours.optimizer.param_groups[0]['fused'] is True
+    assert (ours.cur_nimg, ours.tick_start_nimg, ours.cur_tick) == (5000, 5000, 0)
+    with pytest.raises(ValueError, match='has to lie beside it'):
+        ours.load(state, None, trust_pickle=True)
+
+
+def test_states_of_edm_are_not_read_without_trust(data, edm_run):
+    _, state, _ = edm_run
+    run = train_here(data, os.path.dirname(state), '--duration=0.01')
+    assert run.exit_code == 1
+    assert '--trust-pickle' in run.output
+    assert 'Traceback' not in run.output
+
+
+# ----------------------------------------------------------------------------
+# Ends before the end.
+
+
+@pytest.mark.parametrize(('number', 'workers'), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
+    """SIGINT as the terminal sends it, to the loading process as well."""
+    command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--nosubdir']
+    run = subprocess.Popen(
+        [*command, f'--workers={workers}', '--duration=10'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + TIMEOUT
+    while not (tmp_path / 'network-snapshot-000000.pkl').exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, number)
+    output, _ = run.communicate(timeout=TIMEOUT)
+    assert run.returncode == 0, output
+    assert f'Stopped by {number.name} at' in output
+    assert 'Traceback' not in output
+    [state] = list(tmp_path.glob('training-state-*.pt'))
+    assert f'--resume={state}' in output
+    assert run_state.find_damage(str(state)) is None
+    assert torch.load(state, weights_only=True)['cur_nimg'] > 0
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_files(data, copied):
+    resource = pytest.importorskip('resource')
+    before = {path.name: path.read_bytes() for path in copied.iterdir() if path.suffix in ('.pt', '.pkl')}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before['training-state-000002.pt']) // 2, hard))
+    try:
+        run = train_here(data, copied, '--duration=0.003', '--snap=1000')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.exit_code == 1
+    assert re.search(r'cannot write .*File too large.*the files written before are whole', run.output), run.output
+    assert 'Traceback' not in run.output
+    assert all((copied / name).read_bytes() == content for name, content in before.items())
+    assert not (copied / 'training-state-000003.pt').exists()
+    assert not list(copied.glob('.tmp*'))
+
+
+def test_a_loss_without_end_is_reported_and_training_goes_on(data, tmp_path):
+    run = train_here(data, tmp_path, '--duration=0.001', '--lr=1e30', '--lr-rampup=0')
+    assert run.exit_code == 0, run.output
+    warnings = re.findall(r'Warning: (step \d+), rank 0: the loss of (\d+) of 16 .* images ([\d, ]+), …', run.output)
+    assert len(warnings) == training_loop.MAX_WARNINGS
+    # The first step has learning rate 0, the second ruins the weights, so the third is the first without a number.
+    order = itertools.islice(misc.InfiniteSampler(range(40), seed=1), 32, 40)
+    assert warnings[0] == ('step 3', '16', ', '.join(map(str, order)))
+    assert (tmp_path / 'training-state-000001.pt').exists()
+
+
+def write_png(path, *shape):
+    PIL.Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(path)
+
+
+def test_an_image_of_another_shape_ends_the_run(tmp_path):
+    for i in range(20):
+        write_png(tmp_path / f'{i:02d}.png', *([8, 8] if i != 17 else [16, 16]))
+    run = train_here(tmp_path, tmp_path / 'out', '--duration=0.001')
+    assert run.exit_code == 1
+    assert f'{tmp_path}: 17.png has shape [1, 16, 16], the first image [1, 8, 8]' in run.output.splitlines()[-1]
+
+
+def test_errors_of_loading_processes_are_one_line():
+    try:
+        raise OSError('x.zip: 17.png has shape …')
+    except OSError:
+        wrapper = torch._utils.ExceptionWrapper(where='in DataLoader worker process 0')
+    with pytest.raises(OSError, match='Traceback') as caught:
+        wrapper.reraise()
+    assert train.explain(caught.value) == 'x.zip: 17.png has shape …'
+    assert '--workers=0' in train.explain(RuntimeError('DataLoader worker (pid 5) is killed by signal: Killed.'))
+    assert train.explain(RuntimeError('a bug')) is None
+
+
+@pytest.mark.parametrize(
+    ('size', 'options', 'message'),
+    [
+        ([8, 12], [], 'images are 12x8, not square'),
+        ([12, 12], ['--cres=1,1,1,1'], '12x12 cannot be halved 3 times'),
+        ([8, 8], ['--fp16=1', '--bf16=1'], '--fp16 and --bf16 exclude each other'),
+        ([8, 8], ['--resume=latest'], '--resume=latest: found no training-state-*.pt'),
+    ],
+)
+def test_bad_input_gets_one_line(tmp_path, size, options, message):
+    (tmp_path / 'data').mkdir()
+    write_png(tmp_path / 'data' / '0.png', *size)
+    run = train_here(tmp_path / 'data', tmp_path / 'out', *options)
+    assert run.exit_code == 1
+    assert message in run.output
+    assert 'Traceback' not in run.output
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('option', ['tensorboard', 'plot'])
+def test_missing_extras_are_named(data, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
+    run = train_here(data, tmp_path, f'--{option}=1')
+    assert run.exit_code == 1
+    assert f'pip install "dmsde2[{option}]"' in run.output
+
+
+# ----------------------------------------------------------------------------
+# Pictures.
+
+
+def test_contact_sheet_fills_up_with_white():
+    sheet = contact_sheet.contact_sheet([np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)] * 2, gap=1)
+    assert sheet[:, :, 0].tolist() == [[0, 1, 255, 0, 1], [2, 255, 255, 2, 255]]
+
+
+def test_samples_are_those_of_generate(finished):
+    """Three of 8x8 from each sampler, in squares of two by two; the same seeds each time."""
+    sheets = [np.array(PIL.Image.open(finished / f'samples-{kimg:06d}.png')) for kimg in (0, 1, 2)]
+    assert [sheet.shape for sheet in sheets] == [(16, 36)] * 3
+    net = network_io.load_network(str(finished / 'network-snapshot-000002.pkl'))
+    for sampler, left in zip(train.SHEET_SAMPLERS, [0, 20], strict=True):
+        [(_, images)] = generate.generate_images(net, [[0, 1, 2]], sampler, torch.device('cpu'))
+        grid = sheets[2][:, left : left + 16]
+        for image, (y, x) in zip(images, [(0, 0), (0, 8), (8, 0)], strict=True):
+            assert np.abs(grid[y : y + 8, x : x + 8].astype(int) - image[:, :, 0]).max() <= 1
+    assert not np.array_equal(sheets[0], sheets[2])
+
+
+def test_loss_curve(data, finished, tmp_path):
+    pytest.importorskip('matplotlib')
+    stats = finished / 'stats.jsonl'
+    assert progress.read_losses(stats)[0] == pytest.approx([0.016, 1.024, 2])
+    progress.draw_losses(stats, str(tmp_path / 'loss.png'))
+    with PIL.Image.open(tmp_path / 'loss.png') as picture:
+        assert picture.size == (600, 320)
+
+
+def test_tensorboard(data, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ['--duration=0.001', '--lr-rampup=0.01', '--tensorboard=1', '--samples=1']
+    assert train_here(data, tmp_path, *options).exit_code == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()['scalars']) == {'Loss/loss', 'Progress/lr', 'Progress/grad_norm'}
+    assert [event.step for event in events.Scalars('Progress/lr')] == [16, 1008]
+    assert events.Scalars('Progress/lr')[-1].value == pytest.approx(1e-3 * 992 / 10_000)
+    assert events.Scalars('Progress/grad_norm')[0].value > 0
+    assert len(events.Images('samples')) == 2

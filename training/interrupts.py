@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM, noted until the run can end well."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+from torch_utils import distributed as dist
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SEC = 20  # what is left to a loading process after SIGTERM
+
+
+class Interrupts:
+    """Inside the `with` block, SIGINT and SIGTERM end nothing; `received` is the name of the last one, or None.
+
+    In a single process the second one does what it does outside. With several, launchers send each signal twice.
+    Outside the main thread, where Python allows no handlers, all stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> 'Interrupts':
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number).name
+        if dist.get_world_size() == 1:
+            signal.signal(number, self._before[number])
+
+
+def outlast_signals(_worker_id: int) -> None:
+    """For a loading process: feed the main process on, which gets the same signal, until that has ended its run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name == 'posix':
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SEC))

@@ -1,0 +1,128 @@
+"""What a run tells about itself: the status line, stats.jsonl, loss.png and TensorBoard."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dnnlib
+from torch_utils import distributed as dist
+from torch_utils import training_stats
+from training.run_state import Run
+
+
+class Reporter:
+    """The status line and the row of stats.jsonl that each tick ends with. Clocks start with the object."""
+
+    def __init__(self, run_dir: str, total_kimg: float, device: torch.device):
+        self.stats_path = os.path.join(run_dir, 'stats.jsonl')
+        self._total_kimg = total_kimg
+        self._device = device
+        self._tick_began = self._tick_ended = time.time()
+        self._maintenance_sec = 0.0
+
+    def start_tick(self) -> None:
+        """Call after the work between ticks (snapshots, states), which counts as maintenance."""
+        self._tick_began = time.time()
+        self._maintenance_sec = self._tick_began - self._tick_ended
+
+    def end_tick(self, run: Run) -> None:
+        self._tick_ended = time.time()
+        tick_sec = self._tick_ended - self._tick_began
+        run.elapsed_sec += tick_sec + self._maintenance_sec
+        kimg = run.cur_nimg / 1000
+        tick_kimg = (run.cur_nimg - run.tick_start_nimg) / 1000
+        report = training_stats.report0
+        line = [
+            f'tick {report("Progress/tick", run.cur_tick):<5d}',
+            f'kimg {report("Progress/kimg", kimg):<9.1f}',
+            f'time {dnnlib.util.format_time(report("Timing/total_sec", run.elapsed_sec)):<12s}',
+            f'sec/tick {report("Timing/sec_per_tick", tick_sec):<7.1f}',
+            f'sec/kimg {report("Timing/sec_per_kimg", tick_sec / tick_kimg):<7.2f}',
+            f'maintenance {report("Timing/maintenance_sec", self._maintenance_sec):<6.1f}',
+            f'cpumem {report("Resources/cpu_mem_gb", _peak_cpu_memory() / 2**30):<6.2f}',
+            f'gpumem {report("Resources/peak_gpu_mem_gb", self._peak_gpu_memory("allocated")):<6.2f}',
+            f'reserved {report("Resources/peak_gpu_mem_reserved_gb", self._peak_gpu_memory("reserved")):<6.2f}',
+        ]
+        dist.print0(' '.join(line))
+        if self._device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self._device)
+        training_stats.default_collector.update()
+        if dist.get_rank() == 0:
+            with open(self.stats_path, 'a') as file:
+                file.write(json.dumps({**training_stats.default_collector.as_dict(), 'timestamp': time.time()}) + '\n')
+        dist.update_progress(run.cur_nimg // 1000, int(self._total_kimg))
+
+    def _peak_gpu_memory(self, kind: str) -> float:
+        """GiB since the last tick; 0 without CUDA."""
+        if self._device.type != 'cuda':
+            return 0.0
+        return getattr(torch.cuda, f'max_memory_{kind}')(self._device) / 2**30
+
+
+def _peak_cpu_memory() -> int:
+    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+# ----------------------------------------------------------------------------
+# Pictures.
+
+
+def read_losses(stats_path: str | Path) -> tuple[list[float], list[float]]:
+    """(kimg, mean loss per pixel) of each tick. A resumed run repeats ticks: the later line counts."""
+    losses = {}
+    for line in Path(stats_path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill has cut
+            row = json.loads(line)
+            losses[row['Progress/kimg']['mean']] = row['Loss/loss']['mean']
+    kimg = sorted(losses)
+    return kimg, [losses[x] for x in kimg]
+
+
+def draw_losses(stats_path: str | Path, dest: str) -> None:
+    """The loss over images seen, as a PNG, by matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kimg, loss = read_losses(stats_path)
+    skip = 1 if len(kimg) > 2 else 0  # the first tick is one batch of the untrained network
+    figure = Figure(figsize=(6, 3.2), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(kimg[skip:], loss[skip:], linewidth=1)
+    axes.set(xlabel='images seen (thousands)', ylabel='loss per pixel')
+    if any(value > 0 for value in loss[skip:]):  # a run that has gone wrong may have no number to draw
+        axes.set(yscale='log')
+    axes.grid(alpha=0.3, which='both')
+    with dnnlib.util.atomic_write(dest) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+class TensorBoard:
+    """Loss, learning rate, gradient norm and sample sheets over images seen, for `tensorboard --logdir`."""
+
+    def __init__(self, run_dir: str, first_nimg: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run_dir, purge_step=first_nimg)
+
+    def end_tick(self, nimg: int, lr: float, grad_norm: float) -> None:
+        loss = training_stats.default_collector.mean('Loss/loss')
+        for name, value in [('Loss/loss', loss), ('Progress/lr', lr), ('Progress/grad_norm', grad_norm)]:
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, nimg)
+        self._writer.flush()
+
+    def add_samples(self, nimg: int, picture: np.ndarray) -> None:
+        self._writer.add_image('samples', picture, nimg, dataformats='HWC')
