@@ -22,7 +22,7 @@ SMALLER = {
 
 def walkthrough():
     text = (ROOT / 'docs' / 'training.md').read_text()
-    [block] = re.findall(r'## Your own network in ten minutes.*?```\n(.*?)```', text, re.DOTALL)
+    [block] = re.findall(r'## Your own network, on a CPU.*?```\n(.*?)```', text, re.DOTALL)
     return [shlex.split(line) for line in block.splitlines()]
 
 
