@@ -2,13 +2,14 @@
 
     python benchmarks/cost.py
 
-Every network runs in two ways: as it is, and as straightforward eager PyTorch would run it (`plain`: PyTorch's own
-forward-mode rules, attention over the whole batch at once). The four take turns, so that a busy machine slows them all;
-each ratio is the median over the rounds. The last column is the relative distance between the tangents of the two ways.
-`--dtype=bf16` runs the same under autocast.
+Every network runs in two ways: as generate.py runs it, and as straightforward eager PyTorch would (`plain`: channels
+first, PyTorch's own forward-mode rules, attention by matrix products). The four take turns, so that a busy machine
+slows them all; each ratio is the median over the rounds. The last column is the relative distance between the tangents
+of the two ways. `--dtype=bf16` runs the same under autocast.
 """
 
 import contextlib
+import copy
 import os
 import statistics
 import sys
@@ -36,13 +37,13 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    ours = networks._split_dual, networks._attention_slices
+    ours = networks._split_dual, networks._attention
     networks._split_dual = lambda x, *params: (x, None)
-    networks._attention_slices = lambda *tensors: [tensors]
+    networks._attention = lambda q, k, v: v @ networks.AttentionOp.apply(q, k).transpose(1, 2)
     try:
         yield
     finally:
-        networks._split_dual, networks._attention_slices = ours
+        networks._split_dual, networks._attention = ours
 
 
 def randomize_zeros(net: torch.nn.Module) -> None:
@@ -59,25 +60,26 @@ def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict
     sigma = torch.linspace(0.1, 2, batch)
     labels = torch.eye(net.label_dim)[torch.arange(batch) % net.label_dim] if net.label_dim else None
 
-    def forward() -> torch.Tensor:
+    def forward(net: Any) -> torch.Tensor:
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             return net(x, sigma, labels)
 
-    def jvp() -> torch.Tensor:
+    def jvp(net: Any) -> torch.Tensor:
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
             return torch.func.jvp(lambda x: net(x, sigma, labels), (x,), (tangent,))[1]
 
+    ours = copy.deepcopy(net).to(memory_format=torch.channels_last)
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
         for way, call in [('forward', forward), ('jvp', jvp)]:
-            for kind, context in [('ours', contextlib.nullcontext()), ('plain', plain())]:
+            for kind, arm, context in [('ours', ours, contextlib.nullcontext()), ('plain', net, plain())]:
                 with context:
                     start = time.perf_counter()
-                    call()
+                    call(arm)
                     seconds.setdefault(f'{kind} {way}', []).append(time.perf_counter() - start)
     with plain():
-        expected = jvp()
-    distance = float((jvp() - expected).norm() / expected.norm())
+        expected = jvp(net)
+    distance = float((jvp(ours) - expected).norm() / expected.norm())
     return {way: values[1:] for way, values in seconds.items()}, distance  # the first round warms up
 
 

@@ -1,41 +1,39 @@
-"""How did a training run go? Draws the loss over images seen, from the stats.jsonl of its run directory."""
+"""How did training go? Draws the loss over images seen of one run or several, from their stats.jsonl."""
 
-import json
+import os
+import sys
 from pathlib import Path
 
 import click
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-def read_losses(path: str | Path) -> tuple[list[float], list[float]]:
-    """(kimg, mean loss per pixel) of each tick. A resumed run repeats ticks: the later line counts."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    losses = {row['Progress/kimg']['mean']: row['Loss/loss']['mean'] for row in rows}
-    return list(losses), list(losses.values())
+from training import progress
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--stats', help='stats.jsonl of a run', metavar='FILE', default='docs/mnist-stats.jsonl')
-@click.option('--dest', help='Picture to write', metavar='PNG', default='docs/mnist-loss.png')
-def main(stats: str, dest: str) -> None:
-    """Draw a training curve.
+@click.argument('stats', nargs=-1, metavar='STATS.JSONL...')
+@click.option('--dest', help='Picture to write', metavar='PNG', default='out/loss.png')
+def main(stats: tuple[str, ...], dest: str) -> None:
+    """Draw training curves, and print their last values. By default that of the shipped network.
 
     \b
-    python benchmarks/training_curve.py --stats=training-runs/00000-…/stats.jsonl --dest=loss.png
+    python benchmarks/training_curve.py training-runs/00000-…/stats.jsonl --dest=loss.png
     """
+    runs = {path: path for path in stats or ['docs/mnist-stats.jsonl']}
     try:
-        import matplotlib
+        for path in runs:
+            kimg, loss = progress.read_losses(path)
+            if not kimg:
+                raise click.ClickException(f'{path} has no line of a training run; name the stats.jsonl of one')
+            print(f'{path}: {len(kimg)} ticks, last loss {loss[-1]:.4f} at {kimg[-1]:.1f} kimg')
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
+        progress.draw_losses(runs, dest)
     except ImportError:
         raise click.ClickException('drawing needs matplotlib: pip install -e ".[plot]"') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    kimg, loss = read_losses(stats)
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout='constrained')
-    axes.plot(kimg[1:], loss[1:], linewidth=1)  # the first tick is one batch of the untrained network
-    axes.set(xlabel='images seen (thousands)', ylabel='loss per pixel', yscale='log')
-    axes.grid(alpha=0.3, which='both')
-    figure.savefig(dest, dpi=150)
-    print(f'{len(kimg)} ticks, last loss {loss[-1]:.4f} at {kimg[-1]:.1f} kimg; saved {dest}')
+    except OSError as err:
+        raise click.ClickException(str(err)) from None
+    print(f'Saved {dest}')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,15 @@ import math
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.functional import conv2d, conv_transpose2d, dropout, group_norm, linear, silu
+from torch.nn.functional import (
+    conv2d,
+    conv_transpose2d,
+    dropout,
+    group_norm,
+    linear,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from torch_utils import persistence
 
@@ -189,17 +197,20 @@ class AttentionOp:
 def _attention(q, k, v):
     """v wᵀ with the weights w of `AttentionOp`.  q, k, v: [B, c, L] → [B, c, L]."""
     (q, dq), (k, dk), (v, dv) = _split_dual(q), _split_dual(k), _split_dual(v)
-    if dq is None:
-        return torch.cat([vi @ AttentionOp.apply(qi, ki).transpose(1, 2) for qi, ki, vi in _attention_slices(q, k, v)])
-    slices = [_attention_with_tangent(*each) for each in _attention_slices(q, k, v, dq, dk, dv)]
-    return forward_ad.make_dual(torch.cat([a for a, _ in slices]), torch.cat([da for _, da in slices]))
+    if dq is not None:
+        slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, dq, dk, dv)]
+        return forward_ad.make_dual(torch.cat([a for a, _ in slices]), torch.cat([da for _, da in slices]))
+    if torch.is_grad_enabled():
+        return v @ AttentionOp.apply(q, k).transpose(1, 2)
+    # The same in one kernel, which has no forward mode. It is fast on rows only.
+    q, k, v = (each.transpose(1, 2).contiguous()[None] for each in (q, k, v))
+    return scaled_dot_product_attention(q, k, v)[0].transpose(1, 2)
 
 
-def _attention_slices(*tensors):
+def _cached_slices(*tensors):
     """Slices of the batch whose weights fit into a processor's cache; the whole batch where that does not matter."""
     batch, _, length = tensors[0].shape
-    on_cpu = tensors[0].device.type == 'cpu' and not torch.is_grad_enabled()
-    size = max(_CACHED_WEIGHTS // length**2, 1) if on_cpu else batch
+    size = max(_CACHED_WEIGHTS // length**2, 1) if tensors[0].device.type == 'cpu' else batch
     return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
 
 

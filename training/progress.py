@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -91,20 +92,23 @@ def read_losses(stats_path: str | Path) -> tuple[list[float], list[float]]:
     return kimg, [losses[x] for x in kimg]
 
 
-def draw_losses(stats_path: str | Path, dest: str) -> None:
-    """The loss over images seen, as a PNG, by matplotlib."""
+def draw_losses(runs: Mapping[str, str | Path], dest: str | Path) -> None:
+    """The loss over images seen of one run or several, label → stats.jsonl, as a PNG, by matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kimg, loss = read_losses(stats_path)
-    skip = 1 if len(kimg) > 2 else 0  # the first tick is one batch of the untrained network
     figure = Figure(figsize=(6, 3.2), layout='constrained')
     axes = figure.subplots()
-    axes.plot(kimg[skip:], loss[skip:], linewidth=1)
+    for label, path in runs.items():
+        kimg, loss = read_losses(path)
+        skip = 1 if len(kimg) > 2 else 0  # the first tick is one batch of the untrained network
+        axes.plot(kimg[skip:], loss[skip:], linewidth=1, label=label)
+        if any(value > 0 for value in loss[skip:]):  # a run that has gone wrong may have no number to draw
+            axes.set(yscale='log')
     axes.set(xlabel='images seen (thousands)', ylabel='loss per pixel')
-    if any(value > 0 for value in loss[skip:]):  # a run that has gone wrong may have no number to draw
-        axes.set(yscale='log')
     axes.grid(alpha=0.3, which='both')
+    if len(runs) > 1:
+        axes.legend(frameon=False)
     with dnnlib.util.atomic_write(dest) as file:
         FigureCanvasAgg(figure).print_png(file)
 

@@ -360,7 +360,7 @@ class Outputs:
         if self.config.plot and dist.get_rank() == 0:
             path = os.path.join(self.config.run_dir, 'loss.png')
             with explain_failed_write(path):
-                draw_losses(self._reporter.stats_path, path)
+                draw_losses({'loss': self._reporter.stats_path}, path)
 
     def _save_network(self, path: str) -> None:
         beside = {
