@@ -207,6 +207,8 @@ def main(setting: str, options: str, steps: int, warm_up: int, workers: int, dev
         print(f'{chosen}, {torch.get_num_threads()} threads, {workers} loading processes, {steps} steps each')
         print(f'{sum(p.numel() for p in trainers["eager"].run.net.parameters()):,} parameters\n')
         losses = compare(trainers, steps, warm_up)
+        for trainer in trainers.values():
+            trainer.close()
     print_table(trainers, losses)
 
 

@@ -1,6 +1,7 @@
 """Runs of train.py that go on, stop, fail or show what they do: on scikit-learn's digits, mostly in this process."""
 
 import itertools
+import multiprocessing
 import os
 import pathlib
 import re
@@ -19,8 +20,9 @@ from click.testing import CliRunner
 import dataset_tool
 import generate
 import train
+from images import pictures
 from torch_utils import distributed, misc, network_io
-from training import contact_sheet, networks, progress, run_state, training_loop
+from training import networks, progress, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 900  # seconds: a loaded machine is no failure
@@ -66,6 +68,13 @@ def assert_same_state(first, second):
 
 # ----------------------------------------------------------------------------
 # Going on.
+
+
+def test_loading_processes_end_with_the_run(data, tmp_path):
+    """Left to the interpreter, they would keep it waiting for GRACE_SEC seconds."""
+    run = train_here(data, tmp_path, '--duration=0.0001', '--workers=1')
+    assert run.exit_code == 0, run.output
+    assert multiprocessing.active_children() == []
 
 
 def test_the_same_command_again_goes_on(data, finished, tmp_path, monkeypatch):
@@ -308,7 +317,7 @@ def test_missing_extras_are_named(data, tmp_path, monkeypatch, option):
 
 
 def test_contact_sheet_fills_up_with_white():
-    sheet = contact_sheet.contact_sheet([np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)] * 2, gap=1)
+    sheet = pictures.contact_sheet([np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)] * 2, gap=1)
     assert sheet[:, :, 0].tolist() == [[0, 1, 255, 0, 1], [2, 255, 255, 2, 255]]
 
 
@@ -329,7 +338,7 @@ def test_loss_curve(data, finished, tmp_path):
     pytest.importorskip('matplotlib')
     stats = finished / 'stats.jsonl'
     assert progress.read_losses(stats)[0] == pytest.approx([0.016, 1.024, 2])
-    progress.draw_losses(stats, str(tmp_path / 'loss.png'))
+    progress.draw_losses({'loss': stats}, tmp_path / 'loss.png')
     with PIL.Image.open(tmp_path / 'loss.png') as picture:
         assert picture.size == (600, 320)
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ def training_loop(**options: Any) -> None:
     trainer = Trainer(config, run, dataset)
     outputs = Outputs(config, trainer)
     dist.print0(f'Training for {config.total_kimg} kimg...\n')
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, contextlib.closing(trainer):
         _train(trainer, outputs, interrupts)
     dist.print0('\nExiting...')
 
@@ -235,6 +235,10 @@ class Trainer:
         """The images of this rank for one step, one batch per round."""
         return [next(self._batches) for _ in range(self.rounds)]
 
+    def close(self) -> None:
+        """End the loading processes."""
+        self._batches.close()
+
     def accumulate(self, batches: list[Batch]) -> None:
         """Add up the gradients of the rounds; the ranks exchange them in the last."""
         self.run.optimizer.zero_grad(set_to_none=True)
@@ -289,7 +293,7 @@ class Trainer:
             self.dataset, rank=rank, num_replicas=world, seed=self.config.seed, start_idx=start_idx
         )
 
-    def _endless_batches(self) -> Iterator[Batch]:
+    def _endless_batches(self) -> Generator[Batch, None, None]:
         # A generator of its own: starting the loader draws a number, and must not shift the stream that training uses.
         loader = torch.utils.data.DataLoader(
             self.dataset,
