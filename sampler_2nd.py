@@ -17,7 +17,8 @@ Put into (1) with J_D frozen at the start of the step, (2) gives the step of `ta
 per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for.
 
 Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`; `noise_pair` makes N and Z of two
-normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps may change.
+normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps may change;
+`Guided` makes one network of two, and `CountCalls` counts what one does.
 
 Sources: Karras et al. 2022 (arXiv 2206.00364), equations 1 and 6 for (1); Kloeden & Platen 1992, section 10.4 for
 strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinates τ = 1/σ², y = τ x, where (1) with
@@ -32,8 +33,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'ito_taylor_sampler']
+__all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'ito_taylor_sampler']
 
 # ----------------------------------------------------------------------------
 # The loop.
@@ -56,6 +58,7 @@ def ito_taylor_sampler(
     scheme: str = 'taylor',
     dtype: torch.dtype | None = None,
     callback: Callable[[int, torch.Tensor, torch.Tensor, float], Any] | None = None,
+    init: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn noise into images along the reverse-time SDE (1).
 
@@ -72,7 +75,7 @@ def ito_taylor_sampler(
         net: denoiser; `net(x, sigma, class_labels)` with x of shape [N, …] and a 0-dim sigma returns D(x; σ). It is
             called in the dtype of its parameters, or of the state if it has none. Honoured where it has them:
             `sigma_min`, `sigma_max` (its range) and `round_sigma(sigma)` (the levels it knows).
-        latents: standard normal, [N, …]; the first state is latents·σ_max.
+        latents: standard normal, [N, …]; the first state is latents·σ_max, on top of `init` if that is given.
         class_labels: passed on to `net`.
         randn_like: called as `randn_like(x)`, once per standard normal of shape and dtype of x that a step needs. Or a
             `BrownianPath`: then the noise depends on its seeds, not on the time steps.
@@ -83,8 +86,10 @@ def ito_taylor_sampler(
         eta: κ = eta², ≥ 0.
         scheme: 'euler', 'taylor' or 'rk'.
         dtype: of the state; float64 by default, float32 on devices without it (mps).
-        callback: called after step i as `callback(i, x, D, sigma)`: the new state, the denoised images that the step
-            used, and the noise level it started from.
+        callback: called after step i = 0 … N−1 as `callback(i, x, D, sigma)`: the new state, the denoised images that
+            the step used, and the noise level it started from. In the last step x is D.
+        init: clean images to start from instead of nothing, floating point in [−1, 1], of the shape of `latents`.
+            Then sigma_max says how much of them is forgotten: about 0.5 keeps most, 10 little of an image.
 
     Returns:
         Images, of the shape of `latents`, in `dtype`.
@@ -105,7 +110,7 @@ def ito_taylor_sampler(
         raise ValueError("scheme='rk' needs eta=1 and no window (S_min, S_max) at every step; use scheme='taylor'")
 
     denoise = Denoiser(net, class_labels)
-    x = latents.to(dtype) * sigmas[0]
+    x = first_state(latents.to(dtype), sigmas[0], init)
     past: list[tuple[float, torch.Tensor]] = []
     for i in range(num_steps - 1):
         normals = step_normals(randn_like, x, sigmas[i], sigmas[i + 1], kappas[i], scheme)
@@ -120,6 +125,16 @@ def ito_taylor_sampler(
     return x
 
 
+def first_state(latents, sigma, init=None):
+    """latents·σ + init"""
+    if init is None:
+        return latents * sigma
+    if init.shape != latents.shape or not init.is_floating_point():
+        given = f'{init.dtype} {list(init.shape)}'
+        raise ValueError(f'init is {given}; it has to be floating point in [−1, 1], {list(latents.shape)} as latents')
+    return latents * sigma + init.to(latents)
+
+
 def state_dtype(device: torch.device) -> torch.dtype:
     """float64, where the device has it."""
     return torch.float32 if device.type == 'mps' else torch.float64
@@ -130,8 +145,8 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
 
     One step starts at σ_max. Karras et al. 2022, equation 5.
     """
-    sigma_min = max(sigma_min, getattr(net, 'sigma_min', 0))
-    sigma_max = min(sigma_max, getattr(net, 'sigma_max', math.inf))
+    sigma_min = max(sigma_min, float(getattr(net, 'sigma_min', 0)))
+    sigma_max = min(sigma_max, float(getattr(net, 'sigma_max', math.inf)))
     if num_steps < 1:
         raise ValueError(f'num_steps={num_steps} is less than 1')
     if rho <= 0:
@@ -437,15 +452,18 @@ class Denoiser:
     def jvp(self, x, sigma, dx, dsigma):
         """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation.
 
+        Of PyTorch's attention kernels only the plain one has a forward mode, so that one is used.
+
         Raises:
             ValueError: a layer of the network has no forward mode.
         """
         at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
         try:
-            if dsigma == 0:  # a network need not be differentiable in σ
-                D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
-            else:
-                D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
+            with sdpa_kernel(SDPBackend.MATH):
+                if dsigma == 0:  # a network need not be differentiable in σ
+                    D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
+                else:
+                    D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
         except RuntimeError as err:
             if re.search(NO_FORWARD_MODE, str(err)) is None:
                 raise
@@ -465,8 +483,9 @@ class Denoiser:
 
 
 # What PyTorch says in forward mode of: an operation without a rule; an autograd.Function without `jvp` or without
-# `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two.
-NO_FORWARD_MODE = 'forward (mode )?AD|functorch|(have|access) storage'
+# `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two; group
+# norm, of an input that is not contiguous (channels_last, or after attention).
+NO_FORWARD_MODE = 'forward (mode )?AD|functorch|(have|access) storage|view size is not compatible'
 
 
 def failed_layer(err):
@@ -491,6 +510,45 @@ class CountCalls:
         self.calls += 1
         self.jvp_calls += torch.autograd.forward_ad.unpack_dual(x).tangent is not None
         return self._net(x, *args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._net, name)
+
+
+class Guided:
+    """A network steered away from a worse one, `gnet`: its denoiser is D = D_gnet + guidance·(D_net − D_gnet).
+
+    Karras et al. 2024 (arXiv 2406.02507). With an unconditional `gnet` this is classifier-free guidance,
+    with a smaller or less trained one autoguidance. All attributes are those of `net`: its noise levels, its dtype.
+
+        net, gnet = CountCalls(net), CountCalls(gnet)    # so that net.calls + gnet.calls is the work done
+        images = ito_taylor_sampler(Guided(net, gnet, 1.5), latents, class_labels)
+
+    A guided D is no posterior mean, so the orders of `taylor` and `rk` do not hold (docs/method.md, "Guidance").
+
+    Args:
+        net: a network as for `ito_taylor_sampler`.
+        gnet: another, for the same images. Called without labels if its `label_dim` is 0.
+        guidance: any number; 0 is `gnet`, 1 is `net` (then `gnet` is not called).
+
+    Raises:
+        ValueError: the two networks say that their images or labels differ.
+    """
+
+    def __init__(self, net, gnet, guidance):
+        for name, spare in [('img_resolution', []), ('img_channels', []), ('label_dim', [0])]:
+            expected, found = (getattr(each, name, None) for each in (net, gnet))
+            if None not in (expected, found) and found not in [expected, *spare]:
+                raise ValueError(f'gnet has {name}={found}, but net has {name}={expected}')
+        self._net, self._gnet, self._guidance = net, gnet, guidance
+
+    def __call__(self, x, sigma, class_labels=None, **kwargs):
+        D = self._net(x, sigma, class_labels, **kwargs)
+        if self._guidance == 1:
+            return D
+        gnet_labels = None if getattr(self._gnet, 'label_dim', None) == 0 else class_labels
+        D_gnet = self._gnet(x, sigma, gnet_labels, **kwargs)
+        return D_gnet + self._guidance * (D - D_gnet)
 
     def __getattr__(self, name):
         return getattr(self._net, name)

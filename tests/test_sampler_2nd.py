@@ -1,4 +1,4 @@
-"""The second-order sampler: its noise moments, its steps by hand, its calls, and that the file stands alone."""
+"""The second-order sampler: noise moments, steps by hand, init, guidance, calls, and that the file stands alone."""
 
 import ast
 import math
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sampler_2nd
-from sampler_2nd import SCHEMES, CountCalls, ito_taylor_sampler
+from sampler_2nd import SCHEMES, CountCalls, Guided, ito_taylor_sampler
 
 SOURCE = pathlib.Path(sampler_2nd.__file__)
 
@@ -96,6 +96,124 @@ def final_variance(steps, s=0.5, **kwargs):
 def test_noise_factor_scales_the_noise_only():
     plain, doubled, ode = (final_variance(9, scheme='taylor', **kw) for kw in ({}, {'S_noise': 2}, {'S_noise': 0}))
     assert doubled - ode == pytest.approx(4 * (plain - ode), rel=1e-12)
+
+
+@pytest.mark.parametrize(('eta', 'scheme'), [(0, 'euler'), (0, 'taylor'), (1, 'euler'), (1, 'taylor'), (1, 'rk')])
+def test_images_from_init_have_the_mean_and_variance_of_the_equation(eta, scheme):
+    """Given x = c + σn, the SDE with η = 1 draws x₀ from N(rx, rσ²), r = s²/(s²+σ²); the ODE maps x to √r x."""
+    steps, s, sigma, c = 300, 0.5, 0.8, 0.7
+    columns = iter(torch.eye(2 * steps + 2, dtype=torch.float64))
+    init, latents = c * next(columns), next(columns)
+    ends = {'sigma_max': sigma, 'sigma_min': 1e-3}
+    out = ito_taylor_sampler(
+        Gaussian(s), latents, None, lambda x: next(columns), steps, eta=eta, scheme=scheme, init=init, **ends
+    )
+    r = s**2 / (s**2 + sigma**2)
+    mean, variance = (c * r, r**2 * sigma**2 + r * sigma**2) if eta else (c * math.sqrt(r), r * sigma**2)
+    tolerance = 0.02 if scheme == 'euler' else 2e-4
+    assert float(out[0]) == pytest.approx(mean, rel=tolerance)
+    assert float(out[1:].square().sum()) == pytest.approx(variance, rel=tolerance)
+
+
+def test_an_init_of_zeros_changes_nothing():
+    latents, images = torch.randn(2, 1, 4, 4), []
+    for init in (None, torch.zeros(2, 1, 4, 4)):
+        torch.manual_seed(0)
+        images.append(ito_taylor_sampler(Gaussian(), latents, init=init))
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ('init', 'message'),
+    [
+        (torch.zeros(1, 1, 4, 4), r'init is torch.float32 \[1, 1, 4, 4\].*\[2, 1, 4, 4\] as latents'),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), r'init is torch.uint8.*floating point in \[−1, 1\]'),
+    ],
+)
+def test_an_init_that_does_not_fit_is_refused(init, message):
+    with pytest.raises(ValueError, match=message):
+        ito_taylor_sampler(Gaussian(), torch.randn(2, 1, 4, 4), init=init)
+
+
+# ----------------------------------------------------------------------------
+# Guidance.
+
+
+@pytest.mark.parametrize('guidance', [-0.5, 0, 1, 1.5, 3])
+def test_two_linear_denoisers_guide_to_a_linear_one(guidance):
+    """D = r x with r = r₀ + w (r₁ − r₀), r_i = s_i²/(s_i² + σ²); so J_D = r and ∂D/∂σ = r' x."""
+    x, dx = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double(), torch.tensor([[0.3, 1.0], [-1.0, 2.0]]).double()
+    sigma, dsigma = 0.7, 0.4
+    net, gnet = CountCalls(Gaussian(0.5)), CountCalls(Gaussian(1.5))
+    r1, r0 = (s**2 / (s**2 + sigma**2) for s in (0.5, 1.5))
+    r = r0 + guidance * (r1 - r0)
+    slope1, slope0 = (-2 * sigma * s**2 / (s**2 + sigma**2) ** 2 for s in (0.5, 1.5))
+    slope = slope0 + guidance * (slope1 - slope0)
+
+    D, dD = sampler_2nd.Denoiser(Guided(net, gnet, guidance)).jvp(x, sigma, dx, dsigma)
+    torch.testing.assert_close(D, r * x, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(dD, r * dx + slope * x * dsigma, rtol=1e-13, atol=1e-14)
+    assert (net.calls, net.jvp_calls) == (1, 1)
+    assert (gnet.calls, gnet.jvp_calls) == ((0, 0) if guidance == 1 else (1, 1))
+
+
+def test_calls_under_guidance_are_counted_for_each_network():
+    net, gnet = CountCalls(Gaussian(0.5)), CountCalls(Gaussian(1.5))
+    pairs = CountCalls(Guided(net, gnet, 2))
+    ito_taylor_sampler(pairs, torch.randn(2, 1, 4, 4), num_steps=10)
+    assert [(each.calls, each.jvp_calls) for each in (net, gnet, pairs)] == [(10, 9)] * 3
+    alone = CountCalls(Gaussian(1.5))
+    ito_taylor_sampler(Guided(net, alone, 1), torch.randn(2, 1, 4, 4), num_steps=10)
+    assert (net.calls, alone.calls) == (20, 0)
+
+
+def test_guidance_one_is_the_network_to_the_bit():
+    latents = torch.randn(2, 1, 4, 4)
+    guided, plain = (
+        ito_taylor_sampler(net, latents, eta=0) for net in (Guided(Gaussian(), Gaussian(2), 1), Gaussian())
+    )
+    assert torch.equal(guided, plain)
+
+
+class LabelledNet(torch.nn.Linear):
+    """Remembers the labels that it was called with."""
+
+    def __init__(self, label_dim=None, **attributes):
+        super().__init__(4, 4)
+        self.seen = []
+        if label_dim is not None:
+            self.label_dim = label_dim
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x, sigma, class_labels=None, gain=1):
+        self.seen.append((x.dtype, class_labels, gain))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(('label_dim', 'gets_labels'), [(None, True), (3, True), (0, False)])
+def test_the_guiding_network_gets_labels_if_it_knows_any(label_dim, gets_labels):
+    labels, net, gnet = torch.eye(3), LabelledNet(3, sigma_min=0.1), LabelledNet(label_dim)
+    guided = Guided(net, gnet, 2)
+    guided(torch.randn(3, 4), torch.tensor(1.0), labels, gain=2)
+    assert net.seen == [(torch.float32, labels, 2)]
+    assert gnet.seen == [(torch.float32, labels if gets_labels else None, 2)]
+    assert (guided.label_dim, guided.sigma_min) == (3, 0.1)
+    ito_taylor_sampler(guided, torch.randn(3, 4), labels, num_steps=3)  # the state is float64, the networks are not
+    assert gnet.seen[-1][0] == torch.float32
+
+
+@pytest.mark.parametrize(
+    ('net', 'gnet', 'message'),
+    [
+        (LabelledNet(3), LabelledNet(2), 'gnet has label_dim=2, but net has label_dim=3'),
+        (LabelledNet(img_channels=3), LabelledNet(img_channels=1), 'gnet has img_channels=1'),
+        (LabelledNet(img_resolution=8), LabelledNet(img_resolution=4), 'gnet has img_resolution=4'),
+    ],
+)
+def test_networks_for_other_images_cannot_guide(net, gnet, message):
+    with pytest.raises(ValueError, match=message):
+        Guided(net, gnet, 2)
 
 
 # ----------------------------------------------------------------------------
@@ -214,6 +332,9 @@ def test_callback_sees_every_step():
     assert [i for i, *_ in seen] == [0, 1, 2, 3]
     assert [sigma for *_, sigma in seen] == sampler_2nd.noise_levels(None, 4, 0.002, 80, 7)[:4]
     assert torch.equal(seen[-1][1], out)
+    assert torch.equal(seen[-1][2], out)
+    before = seen[-2][1]  # the state that the last step started from
+    assert torch.equal(out, Gaussian()(before, seen[-1][3]))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +372,9 @@ class NewFunction(torch.autograd.Function):
         pass
 
 
-def fused_attention(x):
-    return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+def norm_of_channels_last(x):
+    x = x.repeat(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
+    return torch.nn.functional.group_norm(x, 2)[:, :1]
 
 
 def foreign_kernel(x):
@@ -283,7 +405,7 @@ class LayeredNet(torch.nn.Module):
 
 
 @pytest.mark.parametrize('eta', [1, 0.5])
-@pytest.mark.parametrize('function', [OldFunction.apply, NewFunction.apply, fused_attention, foreign_kernel])
+@pytest.mark.parametrize('function', [OldFunction.apply, NewFunction.apply, norm_of_channels_last, foreign_kernel])
 def test_a_layer_without_a_forward_mode_is_named(function, eta):
     net, latents = LayeredNet(function), torch.randn(2, 1, 4, 4)
     for each in (net, CountCalls(net), lambda x, *args: net(x.float(), *args)):
@@ -292,6 +414,22 @@ def test_a_layer_without_a_forward_mode_is_named(function, eta):
         ):
             ito_taylor_sampler(each, latents, eta=eta)
     assert ito_taylor_sampler(net, latents, scheme='rk').isfinite().all()
+
+
+def test_forward_mode_of_pytorchs_attention():
+    """Its fused kernels have none."""
+
+    def fused(x, sigma, class_labels=None):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def by_hand(x, sigma, class_labels=None):
+        return (x @ x.mT / 2).softmax(-1) @ x
+
+    x, dx = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match='forward AD'):
+        torch.func.jvp(lambda x: fused(x, 1), (x,), (dx,))
+    one, other = (sampler_2nd.Denoiser(net).jvp(x, 1.0, dx, 0) for net in (fused, by_hand))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_a_network_of_one_piece_without_a_forward_mode():
