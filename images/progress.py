@@ -1,0 +1,37 @@
+"""The progress bar of a run of several processes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from torch_utils import distributed as dist
+
+
+@contextlib.contextmanager
+def progress(total: int, todo: int, steps: int) -> Iterator[Callable[[], None]]:
+    """A bar over the images of all processes; gives what to call after each of the `steps` of this one.
+
+    Rank 0 shows its own share for that of all, so nothing is exchanged: the batches are nearly equal, and it has as
+    many as any. What was finished before counts at once.
+    """
+    layout = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]'
+    done = 0
+    # The delay keeps the bar away from the errors that the sampler finds in its arguments.
+    with tqdm(
+        desc=f'Sampling {total} images',
+        total=total,
+        initial=total - todo,
+        unit=' images',
+        bar_format=layout,
+        delay=0.1,
+        disable=dist.get_rank() != 0 or not todo,
+    ) as bar:
+
+        def step_done() -> None:
+            nonlocal done
+            done += 1
+            bar.update(total - todo + todo * done // steps - bar.n)
+
+        yield step_done
+        bar.update(total - bar.n)
