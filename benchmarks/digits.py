@@ -6,12 +6,10 @@ Three measures against the real digits that it was trained on: the Fréchet dist
 asked for. All samplers get the same latents and classes; the error bar is the standard deviation over the seed sets.
 """
 
-import json
 import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -23,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import generate
 import sampler_2nd
 from benchmarks import digits_classifier, peers
+from benchmarks.record import Record
 
 COMPONENTS, DIRECTIONS = 40, 200
 
@@ -73,25 +72,6 @@ class Result(NamedTuple):
     seconds: float  # per digit
 
 
-class Record:
-    """Results by what they are of, a line of JSON each in a file, so that a stopped benchmark goes on where it was."""
-
-    def __init__(self, path):
-        self._path, self._known = Path(path), {}
-        if self._path.exists():
-            lines = map(json.loads, self._path.read_text().splitlines())
-            self._known = {json.dumps(of): Result(**result) for of, result in lines}
-
-    def get(self, of, compute):
-        """The result for `of`, a dict of plain values, from the file or else from `compute()`."""
-        if json.dumps(of) not in self._known:
-            result = self._known[json.dumps(of)] = compute()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open('a') as file:
-                file.write(json.dumps([of, result._asdict()]) + '\n')
-        return self._known[json.dumps(of)]
-
-
 def sample(net, sampler, evaluations, rho, num, seed, batch):
     """(uint8 [num, 1, 32, 32], classes [num], seconds)"""
     sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
@@ -119,7 +99,7 @@ def sample_and_judge(judge, net, sampler, evaluations, rho, num, seed, batch):
         judge.sliced_wasserstein(pixels),
         judge.share_right(images, classes),
         seconds / num,
-    )
+    )._asdict()
 
 
 def cell(results):
@@ -170,7 +150,7 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch):
             found = []
             for seed in range(sets):
                 compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)
-                found.append(record.get({**of, 'seed': seed}, compute))
+                found.append(Result(**record.get({**of, 'seed': seed}, compute)))
             cells.append(cell(found))
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
 

@@ -1,0 +1,48 @@
+"""Results that outlive the process that computed them."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Record:
+    """Results by what they are of, a line of JSON each in a file, so that a stopped benchmark goes on where it was.
+
+    Both sides are dicts of plain values. A line is on the disk before its result is returned; a line that a kill has
+    cut short is the last one, has no end, and is taken out again.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path, self._known = Path(path), {}
+        if not self._path.exists():
+            return
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b'\n'):
+            os.truncate(self._path, sum(map(len, lines[:-1])))
+            del lines[-1]
+        for number, line in enumerate(lines, start=1):
+            try:
+                of, result = json.loads(line)
+            except ValueError:
+                raise ValueError(f'{self._path}, line {number} is no result of a benchmark; delete it') from None
+            self._known[_key(of)] = result
+
+    def __contains__(self, of: dict[str, Any]) -> bool:
+        return _key(of) in self._known
+
+    def get(self, of: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result for `of`, from the file or else from `compute()`."""
+        if of not in self:
+            self._known[_key(of)] = result = compute()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open('a') as file:
+                file.write(json.dumps([of, result]) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
+        return self._known[_key(of)]
+
+
+def _key(of: dict[str, Any]) -> str:
+    return json.dumps(of, sort_keys=True)
