@@ -141,15 +141,7 @@ def zip_writer(dest: str) -> Iterator[Writer]:
     path = os.path.realpath(dest)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with dnnlib.util.atomic_write(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
-        yield Writer(lambda name, data: archive.writestr(zip_entry(name), data), lambda name: None)
-
-
-def zip_entry(name: str) -> zipfile.ZipInfo:
-    """Time, system and permissions are constants, so that an archive depends on nothing but its files."""
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3  # Unix
-    entry.external_attr = 0o100644 << 16
-    return entry
+        yield Writer(lambda name, data: archive.writestr(dnnlib.util.zip_entry(name), data), lambda name: None)
 
 
 @contextlib.contextmanager

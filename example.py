@@ -1,16 +1,15 @@
 """Minimal example: a grid of images from a network at its best settings. It has no sampler of its own."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from generate import SHIPPED_NETWORK, edm_sampler, load_network, save_png, to_uint8, work_done
+from generate import SHIPPED_NETWORK, edm_sampler, load_network, to_uint8, work_done
+from images.pictures import save_png, tile
 from sampler_2nd import CountCalls, ito_taylor_sampler
 from torch_utils import distributed as dist
 
@@ -70,14 +69,6 @@ def generate_image_grid(
     print(f'{count} images in {time.perf_counter() - start:.1f} s on {device}')
     print(work_done(net, num_steps, num_batches=1))
     print(f'Saved {dest_path}')
-
-
-def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """One picture of equal images [N, H, W, C], row by row: [rows·H, columns·W, C]."""
-    count, height, width, channels = images.shape
-    rows = math.ceil(count / columns)
-    grid = images.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(rows * height, columns * width, channels)
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})

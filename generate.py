@@ -1,14 +1,18 @@
-"""Generate images with a diffusion model: seeds → PNG files.
+"""Generate images with a diffusion model: seeds → PNG files, or an archive of them.
 
 `edm_sampler` and `ablation_sampler` are the samplers of Karras et al. 2022 (`--randn_like=db`); the second-order SDE
 sampler (`--randn_like=ddb`) is in sampler_2nd.py. `generate_images` runs any of them, batch by batch, with random
 numbers of its own for each seed: an image does not depend on what else is in its batch, nor on how many processes
-share the work.
+share the work. `run` draws the batches that are missing in the output folder (images/output.py), which is why the same
+command continues a run that was killed.
 """
 
+import contextlib
+import inspect
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +22,19 @@ from typing import Any
 
 import click
 import numpy as np
-import PIL.Image
 import torch
-from tqdm import tqdm
 
 import dnnlib
 import sampler_2nd
+from images import pictures, run_record
+from images.files import explain_failed_write, own_files
+from images.output import FORMATS, FirstImages, Output
+from images.progress import progress
 from metrics import measure
 from torch_utils import distributed as dist
 from torch_utils import network_io
+from training.interrupts import Interrupts
+from training.networks import Precond
 
 SHIPPED_NETWORK = Path(__file__).parent / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl'
 
@@ -49,6 +57,7 @@ def edm_sampler(
     S_max=float('inf'),
     S_noise=1,
     callback=None,
+    init=None,
 ):
     """Heun's method on the probability-flow ODE, with noise added and removed again (churn).
 
@@ -58,7 +67,7 @@ def edm_sampler(
     """
     denoise = sampler_2nd.Denoiser(net, class_labels)
     t_steps = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
-    x = latents.to(sampler_2nd.state_dtype(latents.device)) * t_steps[0]
+    x = sampler_2nd.first_state(latents.to(sampler_2nd.state_dtype(latents.device)), t_steps[0], init)
     for i in range(num_steps):
         t_cur, t_next = t_steps[i : i + 2]
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0
@@ -77,6 +86,8 @@ def edm_sampler(
 
 
 def round_sigma(net, sigma: float) -> float:
+    if not hasattr(net, 'round_sigma'):
+        return sigma
     return float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
 
 
@@ -272,50 +283,64 @@ def generate_images(
     batches: Sequence[Sequence[int]],
     sampler: Callable[..., torch.Tensor],
     device: torch.device,
-    class_idx: int | None = None,
+    class_idx: int | Sequence[int] | None = None,
     noise: str = 'fresh',
 ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     """Yield (seeds, images) for each batch of seeds; images are uint8 [N, R, R, C].
 
     Each seed draws, from a generator of its own on `device`: the latent, then a class (if the network knows classes,
     and even if `class_idx` overrides it), then what `sampler(net, latents, labels, randn_like=…)` asks for. With `noise`
-    'path' the sampler's noise is a `sampler_2nd.BrownianPath` of the seeds instead.
+    'path' the sampler's noise is a `sampler_2nd.BrownianPath` of the seeds instead. Of several classes in `class_idx`,
+    seed k has number k mod their count.
     """
     for seeds in batches:
         rnd = StackedRandomGenerator(device, seeds)
-        shape = [len(seeds), net.img_channels, net.img_resolution, net.img_resolution]
-        latents = rnd.randn(shape)
-        labels = None
-        if net.label_dim:
-            drawn = rnd.randint(net.label_dim, size=[len(seeds)])
-            classes = drawn if class_idx is None else torch.full_like(drawn, class_idx)
-            labels = torch.eye(net.label_dim, device=device)[classes]
+        latents, classes = draw_start(net, rnd, seeds, class_idx)
+        labels = None if classes is None else torch.eye(net.label_dim, device=device)[classes]
         randn_like = sampler_2nd.BrownianPath(seeds) if noise == 'path' else rnd.randn_like
         yield seeds, to_uint8(sampler(net, latents, labels, randn_like=randn_like))
+
+
+def draw_start(
+    net: Any, rnd: StackedRandomGenerator, seeds: Sequence[int], class_idx: int | Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The latents of a batch and its classes, int64 [N]; None for a network without classes."""
+    latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
+    if not net.label_dim:
+        return latents, None
+    drawn = rnd.randint(net.label_dim, size=[len(seeds)])
+    if class_idx is None:
+        return latents, drawn
+    choice = [class_idx] if isinstance(class_idx, int) else class_idx
+    return latents, torch.tensor([choice[seed % len(choice)] for seed in seeds], device=drawn.device)
+
+
+def classes_of(
+    net: Any, batches: Sequence[Sequence[int]], device: torch.device, class_idx: int | Sequence[int] | None
+) -> list[int] | None:
+    """The class of each seed, drawn as `generate_images` draws it; None for a network without classes."""
+    if not net.label_dim:
+        return None
+    starts = (draw_start(net, StackedRandomGenerator(device, seeds), seeds, class_idx) for seeds in batches)
+    return [int(label) for _, classes in starts if classes is not None for label in classes]
+
+
+def denoised_frames(
+    net: Any, seeds: Sequence[int], sampler: Callable[..., torch.Tensor], device: torch.device, **kwargs: Any
+) -> np.ndarray:
+    """D after each step, as `generate_images(…, **kwargs)` goes through them: uint8 [steps, N, R, R, C].
+
+    The last one is the images.
+    """
+    frames: list[np.ndarray] = []
+    watched = partial(sampler, callback=lambda step, x, D, sigma: frames.append(to_uint8(D)))
+    list(generate_images(net, [seeds], watched, device, **kwargs))
+    return np.stack(frames)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """[−1, 1] → 0…255 as EDM does it: 127.5 x + 128, clipped, truncated. [N, C, H, W] → [N, H, W, C]."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
-    """Write a uint8 [H, W, 1 or 3] image; the file appears whole or not at all."""
-    with dnnlib.util.atomic_write(path) as file:
-        PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format='png')
-
-
-def save_images(outdir: str, subdirs: bool, seeds: Sequence[int], images: np.ndarray) -> None:
-    for seed, image in zip(seeds, images, strict=True):
-        path = image_path(outdir, seed, subdirs)
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        save_png(image, path)
-
-
-def image_path(outdir: str, seed: int, subdirs: bool) -> str:
-    """outdir/000123.png, with `subdirs` outdir/000000/000123.png: a folder for each thousand seeds."""
-    folder = os.path.join(outdir, f'{seed - seed % 1000:06d}') if subdirs else outdir
-    return os.path.join(folder, f'{seed:06d}.png')
 
 
 class Scores:
@@ -342,9 +367,13 @@ class Scores:
 # From options to a sampler.
 
 ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
+SAMPLER_OPTIONS = (
+    *('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_min', 'S_max', 'S_noise', 'S_churn', 'eta', 'scheme'),
+    *ABLATION_OPTIONS,
+)
 
 
-def choose_sampler(randn_like: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
+def choose_sampler(randn_like: str, options: dict[str, Any]) -> partial[torch.Tensor]:
     """The sampler that the options ask for, with the options that were given (those not None) bound to it.
 
     Raises:
@@ -391,34 +420,75 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
     return numbers
 
 
-def check_network(net: Any, class_idx: int | None) -> None:
-    """Raise click.UsageError unless `net` makes images that a PNG file can hold, and knows the class."""
+def options_in_effect(sampler: partial) -> dict[str, Any]:
+    """The options of a sampler, by the names of the command line, those left at their default included."""
+    parameters = inspect.signature(sampler.func).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    names = {'num_steps': 'steps', 'discretization': 'disc'}
+    return {
+        names.get(name, name): value
+        for name, value in {**defaults, **sampler.keywords}.items()
+        if value is not None and name not in ('randn_like', 'callback')
+    }
+
+
+# ----------------------------------------------------------------------------
+# Networks.
+
+
+def check_network(net: Any, class_idx: int | Sequence[int] | None) -> None:
+    """Raise click.UsageError unless `net` makes images that a PNG file can hold, and knows the classes."""
     if net.img_channels not in (1, 3):
         raise click.UsageError(f'--network makes images of {net.img_channels} channels; PNG files hold 1 or 3')
     if class_idx is None:
         return
+    largest = class_idx if isinstance(class_idx, int) else max(class_idx)
     if not net.label_dim:
-        raise click.UsageError(f'--class={class_idx}: this network is unconditional; leave --class out')
-    if class_idx >= net.label_dim:
-        raise click.UsageError(f'--class={class_idx}: this network has the classes 0 to {net.label_dim - 1}')
+        raise click.UsageError(f'--class={largest}: this network is unconditional; leave --class out')
+    if largest >= net.label_dim:
+        raise click.UsageError(f'--class={largest}: this network has the classes 0 to {net.label_dim - 1}')
 
 
-def load_network(path: str, device: torch.device, trust_pickle: bool = False) -> torch.nn.Module:
+def load_network(
+    path: str, device: torch.device, trust_pickle: bool = False, option: str = '--network'
+) -> torch.nn.Module:
     """The network, on `device`. Rank 0 loads first, so that it alone downloads, and alone says what is wrong.
 
     Raises:
-        click.ClickException: the file is missing, or is not a network that this project reads.
+        click.ClickException: the file is missing, or is not a network that this project reads; it names the `option`.
     """
-    net, error = None, None
+    loaded: list[torch.nn.Module] = []
+
+    def load() -> None:
+        try:
+            loaded.append(network_io.load_network(path, trust_pickle=trust_pickle))
+        except (OSError, ValueError) as err:
+            raise ValueError(f'{option}: {err}') from None
+
+    on_rank0(load)
+    net = (loaded[0] if loaded else network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
+    if device.type == 'cpu' and isinstance(net, Precond):
+        # Convolutions are faster so (benchmarks/cost.py). Others' networks may lose their forward mode by it.
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def on_rank0(work: Callable[[], Any]) -> Any:
+    """What `work()` returns on rank 0, on every rank.
+
+    Raises:
+        click.ClickException: it raised an OSError or ValueError, whose message this is. The other ranks just exit.
+    """
+    result, error = None, None
     if dist.get_rank() == 0:
         try:
-            net = network_io.load_network(path, trust_pickle=trust_pickle)
+            result = work()
         except (OSError, ValueError) as err:
-            error = f'--network: {err}'
-    error = dist.broadcast_object(error)
+            error = str(err)
+    result, error = dist.broadcast_object((result, error))
     if error is not None:
         raise click.ClickException(error) if dist.get_rank() == 0 else SystemExit(1)
-    return (net or network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
+    return result
 
 
 PRECISIONS = {'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -442,6 +512,215 @@ def set_precision(net: Any, device: torch.device, dtype: str) -> None:
     net.forward = precision(net.forward)
 
 
+class Networks:
+    """What the sampler evaluates, and what that took.
+
+    Attributes:
+        net: the network of the command line, guided by --gnet where there is one.
+        settings: what of the images depends on the networks and how they are run.
+    """
+
+    def __init__(self, opts: dnnlib.EasyDict, device: torch.device):
+        self.settings: dict[str, Any] = {'network': None, 'gnet': None, 'guidance': opts.guidance}
+        self.settings |= {'trust-pickle': opts.trust_pickle, 'compile': opts.compile_net, 'device': device.type}
+        self._guide: sampler_2nd.CountCalls | None = None
+        self._main = self._open('network', opts.network_pkl, opts, device)
+        self.net: Any = self._main
+        check_network(self.net, opts.class_idx)
+        if opts.gnet is not None:
+            self._guide = self._open('gnet', opts.gnet, opts, device)
+            try:
+                self.net = sampler_2nd.Guided(self._main, self._guide, opts.guidance)
+            except ValueError as err:
+                raise click.UsageError(f'--gnet={opts.gnet}: {err}') from None
+
+    def _open(self, name: str, path: str, opts: dnnlib.EasyDict, device: torch.device) -> sampler_2nd.CountCalls:
+        dist.print0(f'Loading {"guiding " if name == "gnet" else ""}network from {path} ...')
+        net: Any = load_network(path, device, opts.trust_pickle, f'--{name}')
+        self.settings[name] = run_record.fingerprint(net)
+        own_fp16 = device.type == 'cuda' and getattr(net, 'use_fp16', False)
+        self.settings['dtype'] = opts.dtype or ("the file's own fp16" if own_fp16 else 'fp32')
+        if opts.dtype is not None:
+            set_precision(net, device, opts.dtype)
+        if opts.compile_net:
+            net.compile()
+        return sampler_2nd.CountCalls(net)
+
+    def work_done(self, num_steps: int, num_batches: int) -> str:
+        text = work_done(self._main, num_steps, num_batches)
+        if self._guide is None:
+            return text
+        return f'{text}, and {self._guide.calls // num_batches} calls of the guiding network'
+
+
+def work_done(net: sampler_2nd.CountCalls, num_steps: int, num_batches: int) -> str:
+    """What an image cost."""
+    calls, jvp_calls = net.calls // num_batches, net.jvp_calls // num_batches
+    return f'{num_steps} steps: {calls} network calls, {jvp_calls} of them with a JVP'
+
+
+# ----------------------------------------------------------------------------
+# A run: what is missing is drawn, by all processes.
+
+GRID_IMAGES = 100
+TRAJECTORY_IMAGES = 8
+TRAJECTORY_COLUMNS = 10
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """A signal has ended the run; the message is its name."""
+
+
+def run(opts: dnnlib.EasyDict, networks: Networks, sampler: partial, device: torch.device) -> None:
+    """Draw the batches that are not there, and then make of all images what was asked for."""
+    output = open_output(opts, networks, sampler)
+    if output is not None:
+        output.finished = on_rank0(partial(output.check, opts.seeds))
+    scores = Scores(opts.metrics, opts.ref, opts.detector, device) if opts.metrics is not None else None
+    first = FirstImages(opts.seeds, GRID_IMAGES if opts.grid is not None else 0)
+    batches = split_seeds(opts.seeds, opts.max_batch_size)
+    todo = batches if output is None else [batch for batch in batches if not output.finished.issuperset(batch)]
+
+    start = time.perf_counter()
+    if output is not None:
+        kept = [batch for batch in batches if output.finished.issuperset(batch)]
+        wanted = set(opts.seeds) if scores is not None else set(first.seeds)
+        for batch in my_share(kept):
+            if not wanted.isdisjoint(batch):
+                give(batch, output.read(batch), scores, first)
+    for seeds, images in draw(opts, networks.net, todo, sampler, device, output):
+        give(seeds, images, scores, first)
+    dist.barrier()
+    report(opts, networks, todo, time.perf_counter() - start, device)
+
+    if output is not None:
+        classes = partial(classes_of, networks.net, batches, device, opts.class_idx)
+        on_rank0(partial(output.assemble, opts.seeds, classes))
+        dist.print0(f'Saved in {os.path.abspath(output.path)}')
+    for name, value in (scores.finish() if scores is not None else {}).items():
+        dist.print0(f'{name} {value:g}')
+    save_pictures(opts, networks.net, first, sampler, device)
+
+
+def open_output(opts: dnnlib.EasyDict, networks: Networks, sampler: partial) -> Output | None:
+    """Where the images go, with all that they depend on: a run with other settings may not add to them."""
+    if opts.outdir is None:
+        return None
+    settings = {
+        **networks.settings,
+        'randn_like': opts.randn_like,
+        **options_in_effect(sampler),
+        'noise': opts.noise,
+        'class': 'random' if opts.class_idx is None else opts.class_idx,
+        'batch': opts.max_batch_size,
+        'format': opts.format,
+        'subdirs': opts.subdirs,
+    }
+    note = {'network': opts.network_pkl, 'gnet': opts.gnet, 'torch': torch.__version__}
+    return Output(opts.outdir, settings, note, opts.format, opts.subdirs, opts.overwrite)
+
+
+def my_share(batches: Sequence[list[int]]) -> Sequence[list[int]]:
+    """The batches of this process; rank 0 has as many as any."""
+    return batches[dist.get_rank() :: dist.get_world_size()]
+
+
+def give(seeds: Sequence[int], images: np.ndarray, scores: Scores | None, first: FirstImages) -> None:
+    first.add(seeds, images)
+    if scores is not None:
+        scores.add(seeds, images)
+
+
+def draw(
+    opts: dnnlib.EasyDict,
+    net: Any,
+    todo: list[list[int]],
+    sampler: partial,
+    device: torch.device,
+    output: Output | None,
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """`generate_images` for this rank's share of the batches, into `output`, with a progress bar.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; what was drawn before is on disk.
+    """
+    mine = my_share(todo)
+    with (
+        contextlib.nullcontext() if output is None else contextlib.closing(output),
+        Interrupts() as interrupts,
+        progress(len(opts.seeds), sum(map(len, todo)), len(mine) * opts.num_steps) as step_done,
+    ):
+
+        def callback(*_: Any) -> None:
+            step_done()
+            if interrupts.received is not None:
+                raise Stopped(interrupts.received)
+
+        watched = partial(sampler, callback=callback)
+        for seeds, images in generate_images(net, mine, watched, device, opts.class_idx, opts.noise):
+            yield seeds, images if output is None else output.add(seeds, images)
+        if output is not None:
+            output.start()  # for a rank without a batch
+
+
+def report(
+    opts: dnnlib.EasyDict, networks: Networks, todo: list[list[int]], seconds: float, device: torch.device
+) -> None:
+    drawn = sum(map(len, todo))
+    before = len(opts.seeds) - drawn
+    if not drawn:
+        dist.print0(f'All {before} images were there already')
+        return
+    rest = f'; {before} were there already' if before else ''
+    dist.print0(f'{drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s) on {device}{rest}')
+    if my_share(todo):
+        dist.print0(networks.work_done(opts.num_steps, len(my_share(todo))))
+
+
+def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: partial, device: torch.device) -> None:
+    """The files of --grid and --trajectory. For the latter, rank 0 draws the first images once more."""
+    shown = first.finish() if opts.grid is not None else None
+    if dist.get_rank() != 0:
+        return
+    if shown is not None:
+        with explain_failed_write(opts.grid):
+            pictures.save_png(pictures.grid(shown), opts.grid)
+        print(f'The first {len(shown)} images are in {opts.grid}')
+    if opts.trajectory is not None:
+        seeds = opts.seeds[:TRAJECTORY_IMAGES]
+        frames = denoised_frames(net, seeds, sampler, device, class_idx=opts.class_idx, noise=opts.noise)
+        with explain_failed_write(opts.trajectory):
+            if opts.trajectory.lower().endswith('.gif'):
+                pictures.save_gif(frames, opts.trajectory)
+            else:
+                pictures.save_png(pictures.strip(frames, TRAJECTORY_COLUMNS), opts.trajectory)
+        print(f'The denoised images of {len(frames)} steps, for the first {len(seeds)} seeds, are in {opts.trajectory}')
+
+
+def explain(err: RuntimeError, opts: dnnlib.EasyDict) -> str | None:
+    """One line on what ended a run; None for an error that only its traceback explains."""
+    if opts.compile_net and isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
+        return f'--compile: {network_io.one_line(err.inner_exception)}'
+    if isinstance(err, torch.cuda.OutOfMemoryError):
+        return f'out of memory: {str(err).splitlines()[0]} Lower --batch'
+    if dist.lost_peer(err):
+        return (
+            f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is '
+            'unreachable; see what that one says. The images drawn are safe: the same command continues'
+        )
+    return None
+
+
+def stopped_line(opts: dnnlib.EasyDict, signal_name: str) -> str:
+    """What to tell whoever sent the signal."""
+    launched = dist.get_world_size() > 1
+    if opts.outdir is None:
+        return f'Stopped by {signal_name}; nothing is kept without --outdir'
+    there = sum(1 for path in own_files(opts.outdir) if path.endswith('.png')) if os.path.isdir(opts.outdir) else 0
+    sender = ', which launchers send when another process has ended,' if launched and signal_name == 'SIGTERM' else ''
+    return f'Stopped by {signal_name}{sender} with {there} images in {opts.outdir}; the same command continues'
+
+
 # ----------------------------------------------------------------------------
 # Command line.
 
@@ -449,11 +728,24 @@ def set_precision(net: Any, device: torch.device, dtype: str) -> None:
 class IntList(click.ParamType):
     name = 'list'
 
+    def __init__(self, example: str):
+        self.example = example
+
     def convert(self, value, param, ctx):
         try:
             return parse_int_list(value)
         except ValueError as err:
-            self.fail(f'{err}; seeds look like 0-63 or 1,2,5-10', param, ctx)
+            self.fail(f'{err}; {self.example}', param, ctx)
+
+
+class ClassList(IntList):
+    """One class is a number, several are a list."""
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, int):
+            return value
+        classes = super().convert(value, param, ctx)
+        return classes[0] if len(classes) == 1 else classes
 
 
 positive = click.FloatRange(min=0, min_open=True)
@@ -463,18 +755,24 @@ non_negative = click.FloatRange(min=0)
 # fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', default=str(SHIPPED_NETWORK), show_default='the shipped MNIST network')
-@click.option('--outdir',                    help='Where to save the images; not needed with --metrics', metavar='DIR')
-@click.option('--seeds',                     help='Random seeds, one per image', metavar='LIST', type=IntList(), default='0-63')
+@click.option('--outdir',                    help='Where to save the images; a run there is continued', metavar='DIR')
+@click.option('--seeds',                     help='Random seeds, one per image', metavar='LIST', type=IntList('seeds look like 0-63 or 1,2,5-10'), default='0-63')
 @click.option('--subdirs',                   help='One subfolder per 1000 seeds', is_flag=True)
-@click.option('--class', 'class_idx',        help='Class label', metavar='INT', type=click.IntRange(min=0), show_default='random')
+@click.option('--format',                    help='PNG files, or OUTDIR/images.npz or .zip (a dataset)', type=click.Choice(FORMATS), default='png')
+@click.option('--overwrite',                 help='Delete the images in --outdir, and start anew', is_flag=True)
+@click.option('--class', 'class_idx',        help='Class label, or several that the seeds take in turns', metavar='LIST', type=ClassList('classes look like 3, 0-9 or 1,5,7-9'), show_default='random')
 @click.option('--batch', 'max_batch_size',   help='Maximum batch size of a process', metavar='INT', type=click.IntRange(min=1), default=64)
 @click.option('--metrics',                   help=f'Measure the images: some of {",".join(measure.METRICS)}', metavar='LIST')
 @click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL')
 @click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', show_default='that of --ref')
+@click.option('--grid',                      help=f'Picture of the first {GRID_IMAGES} images', metavar='PNG')
+@click.option('--trajectory',                help=f'Denoised images along the way, of the first {TRAJECTORY_IMAGES} seeds: strip or animation', metavar='PNG|GIF')
 @click.option('--device',                    help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 @click.option('--trust-pickle',              help='Run the code inside the network file', is_flag=True)
 @click.option('--dtype',                     help='Precision inside the network; the state stays float64', type=click.Choice(['fp32', 'fp16', 'bf16']), show_default="fp32, or the file's own on CUDA")
 @click.option('--compile', 'compile_net',    help='Compile the network first, for minutes; not with --scheme=taylor', is_flag=True)
+@click.option('--gnet',                      help='Guiding network: a worse or unconditional one', metavar='NAME|PATH|URL')
+@click.option('--guidance',                  help='Strength G: D = D_gnet + G (D_net - D_gnet)', metavar='FLOAT', type=float, show_default='1, none')
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=click.IntRange(min=1), default=18)
 @click.option('--sigma_min',                 help='Lowest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 0.002')
 @click.option('--sigma_max',                 help='Highest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 80')
@@ -491,10 +789,7 @@ non_negative = click.FloatRange(min=0)
 @click.option('--disc', 'discretization',    help='db, ablation: time steps', type=click.Choice(['vp', 've', 'iddpm', 'edm']))
 @click.option('--schedule',                  help='db, ablation: noise schedule σ(t)', type=click.Choice(['vp', 've', 'linear']))
 @click.option('--scaling',                   help='db, ablation: signal scaling s(t)', type=click.Choice(['vp', 'none']))
-def main(
-    network_pkl, outdir, seeds, subdirs, class_idx, max_batch_size, metrics, ref, detector, device, trust_pickle,
-    dtype, compile_net, randn_like, noise, **options
-):
+def main(**kwargs):
     """Generate images, one per seed.
 
     \b
@@ -512,76 +807,82 @@ def main(
         --network=ckpts/edm-cifar10-32x32-cond-vp.pkl --randn_like=ddb --steps=40 --rho=3
 
     \b
+    # Ten digits of each class as a dataset zip, and a picture of them: a column for each class
+    python generate.py --outdir=out --format=zip --seeds=0-99 --class=0-9 --grid=digits.png
+
+    \b
     # FID of 50,000 images that are never written
     python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x32-cond-vp.pkl \\
         --ref=https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz
     """
-    sampler = choose_sampler(randn_like, options)
-    if noise == 'path' and randn_like != 'ddb':
-        raise click.UsageError('--noise=path belongs to --randn_like=ddb')
-    if compile_net and randn_like == 'ddb' and options['scheme'] != 'rk':
-        raise click.UsageError(
-            '--compile does nothing for --scheme=taylor: PyTorch runs a compiled network uncompiled where it takes a '
-            'JVP; use --scheme=rk'
-        )
-    if outdir is None and metrics is None:
-        raise click.UsageError('--outdir is missing: the folder for the images')
-    if (metrics is None) != (ref is None) or (detector is not None and ref is None):
-        raise click.UsageError('--metrics and --ref go together (and --detector with them)')
+    opts = dnnlib.EasyDict(kwargs)
+    sampler = choose_sampler(opts.randn_like, {name: opts[name] for name in SAMPLER_OPTIONS})
+    check_options(opts)
     try:
-        device = dist.init(device)
+        device = dist.init(opts.device)
     except ValueError as err:
         raise click.ClickException(str(err)) from None
-    dist.print0(f'Loading network from {network_pkl} ...')
-    loaded = load_network(network_pkl, device, trust_pickle)
-    check_network(loaded, class_idx)
-    if dtype is not None:
-        set_precision(loaded, device, dtype)
-    if compile_net:
-        loaded.compile()
-    net = sampler_2nd.CountCalls(loaded)
-    batches = split_seeds(seeds, max_batch_size)
-    mine = batches[dist.get_rank() :: dist.get_world_size()]
-    num_steps = options['num_steps']
-
-    start = time.perf_counter()
-    hidden = dist.get_rank() != 0
-    sinks: list[Callable[..., None]] = [] if outdir is None else [partial(save_images, outdir, subdirs)]
+    networks = Networks(opts, device)
     try:
-        scores = Scores(metrics, ref, detector, device) if metrics is not None else None
-        if scores is not None:
-            sinks.append(scores.add)
-        total = len(mine) * num_steps
-        # The delay keeps the bar away from the errors that the sampler finds in its arguments.
-        with tqdm(desc=f'Sampling {len(seeds)} images', total=total, unit='step', disable=hidden, delay=0.1) as bar:
-            sampler = partial(sampler, callback=lambda *_: bar.update())
-            for batch_seeds, images in generate_images(net, mine, sampler, device, class_idx, noise):
-                for sink in sinks:
-                    sink(batch_seeds, images)
-        numbers = scores.finish() if scores is not None else {}
+        run(opts, networks, sampler, device)
+    except Stopped as stop:
+        if dist.get_rank() == 0:
+            click.echo(stopped_line(opts, str(stop)), err=True)
+        raise SystemExit(128 + signal.Signals[str(stop)]) from None
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
     except RuntimeError as err:
-        if not compile_net or not isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
+        message = explain(err, opts)
+        if message is None:
             raise
-        raise click.ClickException(f'--compile: {network_io.one_line(err.inner_exception)}') from None
-    dist.barrier()
-    seconds = time.perf_counter() - start
-    dist.print0(f'{len(seeds)} images in {seconds:.1f} s ({len(seeds) / seconds:.2f} images/s) on {device}')
-    if mine:
-        dist.print0(work_done(net, num_steps, len(mine)))
-    if outdir is not None:
-        dist.print0(f'Saved in {os.path.abspath(outdir)}')
-    for name, value in numbers.items():
-        dist.print0(f'{name} {value:g}')
+        raise click.ClickException(message) from None
 
 # fmt: on
 
 
-def work_done(net: sampler_2nd.CountCalls, num_steps: int, num_batches: int) -> str:
-    """What an image cost."""
-    calls, jvp_calls = net.calls // num_batches, net.jvp_calls // num_batches
-    return f'{num_steps} steps: {calls} network calls, {jvp_calls} of them with a JVP'
+def check_options(opts: dnnlib.EasyDict) -> None:
+    """What can be said without a network. Raises click.UsageError."""
+    if opts.noise == 'path' and opts.randn_like != 'ddb':
+        raise click.UsageError('--noise=path belongs to --randn_like=ddb')
+    if opts.compile_net and opts.randn_like == 'ddb' and opts.scheme != 'rk':
+        raise click.UsageError(
+            '--compile does nothing for --scheme=taylor: PyTorch runs a compiled network uncompiled where it takes a '
+            'JVP; use --scheme=rk'
+        )
+    if opts.outdir is None:
+        for name, given in [('format', opts.format != 'png'), ('overwrite', opts.overwrite), ('subdirs', opts.subdirs)]:
+            if given:
+                raise click.UsageError(f'--{name} needs --outdir, the folder for the images')
+        if all(opts[name] is None for name in ('metrics', 'grid', 'trajectory')):
+            raise click.UsageError('--outdir is missing: the folder for the images')
+    if opts.subdirs and opts.format != 'png':
+        raise click.UsageError(f'--subdirs is for PNG files; --format={opts.format} is one file')
+    if opts.format == 'npz' and max(opts.seeds) >= 2**63:
+        raise click.UsageError(f'--seeds={max(opts.seeds)}: --format=npz holds seeds below 2^63')
+    if (opts.metrics is None) != (opts.ref is None) or (opts.detector is not None and opts.ref is None):
+        raise click.UsageError('--metrics and --ref go together (and --detector with them)')
+    check_guidance(opts)
+    check_picture('grid', opts.grid, ('.png',))
+    check_picture('trajectory', opts.trajectory, ('.png', '.gif'))
+
+
+def check_guidance(opts: dnnlib.EasyDict) -> None:
+    if opts.guidance is not None and opts.gnet is None:
+        raise click.UsageError(f'--guidance={opts.guidance:g} needs --gnet, the guiding network')
+    if opts.gnet is not None and opts.guidance is None:
+        raise click.UsageError('--gnet needs --guidance, such as --guidance=2')
+    if opts.guidance is not None and not math.isfinite(opts.guidance):
+        raise click.UsageError(f'--guidance={opts.guidance} is not a number to compute with')
+
+
+def check_picture(option: str, path: str | None, endings: tuple[str, ...]) -> None:
+    """Before hours of sampling, see that the picture can be written after them."""
+    if path is None:
+        return
+    if not path.lower().endswith(endings):
+        raise click.UsageError(f'--{option}={path}: the name ends in {" or ".join(endings)}')
+    if not os.path.isdir(os.path.dirname(path) or '.'):
+        raise click.UsageError(f'--{option}={path}: there is no folder {os.path.dirname(path)}')
 
 
 if __name__ == '__main__':

@@ -19,11 +19,11 @@ import torch
 
 import dnnlib
 from generate import edm_sampler, generate_images, split_seeds
+from images.pictures import contact_sheet
 from sampler_2nd import ito_taylor_sampler
 from torch_utils import distributed as dist
 from torch_utils import training_stats
 from training import run_state
-from training.contact_sheet import contact_sheet
 from training.training_loop import split_batch, training_loop
 
 ARCHS: dict[str, dict[str, Any]] = {

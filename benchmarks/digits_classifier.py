@@ -26,6 +26,7 @@ import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import dnnlib
+from images.pictures import tile
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,8 +296,7 @@ def contact_sheet(images: torch.Tensor, tiles: int = SHEET_TILES) -> np.ndarray:
     num_classes = len(images)
     digit = torch.arange(tiles * tiles) * num_classes // (tiles * tiles)
     nth = torch.cat([torch.arange(int(n)) for n in digit.bincount()])
-    sheet = images[digit, nth, 0].unflatten(0, (tiles, tiles))
-    return sheet.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).numpy()
+    return tile(images[digit, nth].permute(0, 2, 3, 1).numpy(), tiles)[:, :, 0]
 
 
 def write_sheet(path: str, jobs: list[Job]) -> None:

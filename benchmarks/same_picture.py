@@ -6,13 +6,13 @@ from functools import partial
 
 import click
 import numpy as np
-import PIL.Image
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import generate
 import sampler_2nd
+from images.pictures import enlarge, tile, to_pil
 
 STEPS = (10, 20, 40, 80, 160)
 
@@ -32,8 +32,8 @@ def distances(columns):
 
 def contact_sheet(columns):
     """A row for each seed, a column for each number of steps."""
-    rows = [np.concatenate(row, axis=1) for row in zip(*columns, strict=True)]
-    return PIL.Image.fromarray(np.concatenate(rows).squeeze())
+    rows = np.stack(columns, axis=1)
+    return to_pil(tile(enlarge(rows.reshape(-1, *rows.shape[2:])), len(columns)))
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
@@ -55,7 +55,7 @@ def main(network, seeds, scheme, rho, sheet):
     for noise in ('fresh', 'path'):
         columns = [pictures(net, seeds, noise, steps, scheme=scheme, rho=rho) for steps in STEPS]
         print(f'| {noise} | ' + ' | '.join(f'{d:.1f}' for d in distances(columns)) + ' |', flush=True)
-    contact_sheet(columns).resize((len(STEPS) * 64, len(seeds) * 64), PIL.Image.Resampling.NEAREST).save(sheet)
+    contact_sheet(columns).save(sheet)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -43,6 +44,14 @@ _ABBREVIATIONS = {'np': 'numpy', 'tf': 'tensorflow'}
 
 # ----------------------------------------------------------------------------
 # Files that appear whole or not at all.
+
+
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """Stored; time, system and permissions are constants, so that an archive depends on nothing but its files."""
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system = 3  # Unix
+    entry.external_attr = 0o100644 << 16
+    return entry
 
 
 @contextlib.contextmanager

@@ -108,9 +108,12 @@ class ZipArchive(Archive):
             for name, seed in zip(names, seeds, strict=True):
                 held = seed in self._rows
                 archive.writestr(
-                    _entry(name), self._read_png(self._rows[seed]) if held else self.parts.read_bytes(seed)
+                    dnnlib.util.zip_entry(name),
+                    self._read_png(self._rows[seed]) if held else self.parts.read_bytes(seed),
                 )
-            archive.writestr(_entry('dataset.json'), json.dumps({'labels': labels, 'seeds': list(seeds)}))
+            archive.writestr(
+                dnnlib.util.zip_entry('dataset.json'), json.dumps({'labels': labels, 'seeds': list(seeds)})
+            )
 
 
 class NpzArchive(Archive):
@@ -139,24 +142,16 @@ class NpzArchive(Archive):
     def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None:
         shape = (len(seeds), *self.read(seeds[0]).shape)
         with zipfile.ZipFile(file, 'w') as archive:
-            with archive.open(_entry('arr_0.npy'), 'w', force_zip64=True) as entry:
+            with archive.open(dnnlib.util.zip_entry('arr_0.npy'), 'w', force_zip64=True) as entry:
                 header: dict[str, Any] = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
                 np.lib.format.write_array_header_1_0(entry, header)
                 for seed in seeds:
                     entry.write(self.read(seed).tobytes())
             for name, numbers in [('labels', classes), ('seeds', seeds)]:
                 if numbers is not None:
-                    with archive.open(_entry(f'{name}.npy'), 'w', force_zip64=True) as entry:
+                    with archive.open(dnnlib.util.zip_entry(f'{name}.npy'), 'w', force_zip64=True) as entry:
                         np.lib.format.write_array(entry, np.array(numbers, dtype=np.int64))
 
 
 def _dataset_name(row: int) -> str:
     return f'{row // 1000:05d}/img{row:08d}.png'
-
-
-def _entry(name: str) -> zipfile.ZipInfo:
-    """Stored; time, system and permissions are constants, so that an archive depends on nothing but its files."""
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3  # Unix
-    entry.external_attr = 0o100644 << 16
-    return entry

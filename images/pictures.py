@@ -19,7 +19,7 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     """Equal images [N, H, W, C] row by row, white after the last: [rows·H, columns·W, C]."""
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
-    cells = np.full([rows * columns, height, width, channels], WHITE, dtype=np.uint8)
+    cells = np.full([rows * columns, height, width, channels], WHITE, dtype=images.dtype)
     cells[:count] = images
     cells = cells.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     return cells.reshape(rows * height, columns * width, channels)

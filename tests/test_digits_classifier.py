@@ -13,6 +13,7 @@ import torch
 
 import generate
 from benchmarks import digits_classifier as dc
+from images import files
 
 TAYLOR = dc.SETTINGS[1]
 
@@ -114,7 +115,7 @@ class Sampler:
         self.params.append(params)
         for seed in params['seeds']:
             grey = 20 * ((params['class_idx'] + (seed in self.wrong)) % 10)
-            path = Path(generate.image_path(params['outdir'], seed, False))
+            path = Path(files.image_path(params['outdir'], seed, False))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(np.full([32, 32], grey, np.uint8)))
         return subprocess.CompletedProcess(command, 0, '', '')

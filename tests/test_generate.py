@@ -78,8 +78,8 @@ def run_ok(*args):
 
 
 def pictures(folder):
-    """{name below `folder`: uint8 array}; nothing but PNG files may be there."""
-    found = sorted(path for path in Path(folder).rglob('*') if path.is_file())
+    """{name below `folder`: uint8 array}; nothing but PNG files may be there, and the record of how they were made."""
+    found = sorted(path for path in Path(folder).rglob('*') if path.is_file() and path.name != 'generate.json')
     return {str(path.relative_to(folder)): np.asarray(PIL.Image.open(path)) for path in found}
 
 
@@ -144,6 +144,15 @@ def test_ablation_sampler_with_default_choices_is_the_edm_sampler():
         for sampler in (generate.edm_sampler, generate.ablation_sampler)
     ]
     assert torch.allclose(*results, rtol=1e-12, atol=0)
+
+
+def test_edm_sampler_starts_from_images_and_needs_no_noise_levels_of_the_network():
+    """The ODE of N(0, s²) takes x at σ to x s/√(s² + σ²). `net` is a plain function."""
+    s, level = 0.5, 3.0
+    images = torch.linspace(-1, 1, LATENTS[0].numel()).reshape(LATENTS[0].shape).expand_as(LATENTS)
+    start = {'num_steps': 200, 'sigma_max': level, 'init': images}
+    found = generate.edm_sampler(lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2), LATENTS, **start)
+    assert torch.allclose(found, (images + level * LATENTS.double()) * s / math.hypot(s, level), rtol=2e-4)
 
 
 def test_improved_ddpm_levels_are_spaced_as_edm_spaces_them():
@@ -396,7 +405,7 @@ def test_defaults_of_the_samplers_are_those_of_edm(name):
     expected = {'class_labels': None, 'randn_like': torch.randn_like, 'num_steps': 18, 'rho': 7, 'callback': None}
     expected |= {'S_churn': 0, 'S_min': 0, 'S_max': math.inf, 'S_noise': 1}
     if name == 'edm_sampler':
-        expected |= {'sigma_min': 0.002, 'sigma_max': 80}
+        expected |= {'sigma_min': 0.002, 'sigma_max': 80, 'init': None}
     else:
         expected |= {'sigma_min': None, 'sigma_max': None, 'solver': 'heun', 'discretization': 'edm', 'alpha': 1}
         expected |= {'schedule': 'linear', 'scaling': 'none', 'epsilon_s': 1e-3, 'C_1': 1e-3, 'C_2': 8e-3, 'M': 1000}
@@ -549,7 +558,7 @@ def test_two_processes_make_the_same_bytes(network_files, tmp_path, seeds):
     run_ok(f'--outdir={tmp_path}/one', *args)
     printed = torchrun(f'--outdir={tmp_path}/two', *args)
     assert printed.count('7 network calls') == 1
-    assert len(file_bytes(tmp_path / 'one')) == {'0-4': 5, '0-1': 2}[seeds]
+    assert len(file_bytes(tmp_path / 'one')) == {'0-4': 5, '0-1': 2}[seeds] + 1  # generate.json
     assert file_bytes(tmp_path / 'one') == file_bytes(tmp_path / 'two')
 
 
@@ -582,7 +591,23 @@ def assert_refused(outcome, outdir, *words):
     [
         (['--class=3'], ['--class=3', '0 to 2']),
         (['--class=-1'], ['--class']),
-        (['--class=one'], ['--class', 'one']),
+        (['--class=one'], ['--class', "'one'", '0-9']),
+        (['--class=0-3'], ['--class=3', '0 to 2']),
+        (['--class=2-1'], ['--class', '2-1', 'backwards']),
+        (['--class='], ['--class', "''"]),
+        (['--network={files}/grey.pkl', '--class=0,1'], ['--class', 'unconditional']),
+        (['--guidance=2'], ['--guidance=2', '--gnet']),
+        (['--gnet={files}/grey.pkl'], ['--gnet', '--guidance']),
+        (['--gnet={files}/grey.pkl', '--guidance=nan'], ['--guidance=nan']),
+        (['--gnet={files}/grey.pkl', '--guidance=two'], ['--guidance', "'two'"]),
+        (['--gnet={files}/none.pkl', '--guidance=2'], ['--gnet', 'none.pkl', 'No such file']),
+        (['--gnet={files}/rgb.pkl', '--guidance=2'], ['--gnet', 'rgb.pkl', 'img_channels=3', 'img_channels=1']),
+        (['--format=jpg'], ['--format', 'npz', 'zip']),
+        (['--format=npz', f'--seeds={2**63}'], ['--seeds', '2^63']),
+        (['--format=zip', '--subdirs'], ['--subdirs', '--format=zip']),
+        (['--grid=grid.gif'], ['--grid=grid.gif', '.png']),
+        (['--trajectory=strip.jpg'], ['--trajectory=strip.jpg', '.gif']),
+        (['--grid={files}/none/grid.png'], ['--grid', 'no folder', 'none']),
         (['--network={files}/grey.pkl', '--class=0'], ['--class=0', 'unconditional']),
         (['--seeds=a'], ['--seeds', "'a'"]),
         (['--seeds=5-3'], ['--seeds', "'5-3'"]),
