@@ -2,12 +2,12 @@
 
 Three programs make the same steps from the same weights, images and random numbers, in turns:
 
-    eager          PyTorch as in its tutorials: Adam and the moving average weight by weight
-    train.py       `training.training_loop.Trainer`: one kernel for all weights
+    eager          PyTorch as in its tutorials: its dropout, Adam and the moving average weight by weight
+    train.py       `training.training_loop.Trainer`: dropout with fewer random bits, one kernel for all weights
     channels_last  the same with the network's weights in channels-last order
 
-A ratio is the median over the turns of one program's time over another's in the same turn. The losses of a turn have to
-agree to rounding.
+A ratio is the median over the turns of one program's time over another's in the same turn. The first turns, of which no
+time is taken, go without dropout: there the losses have to agree to rounding.
 """
 
 import copy
@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout works uninstalled
 
 import train  # noqa: E402
-from training import training_loop  # noqa: E402
+from training import networks, training_loop  # noqa: E402
 from training.dataset import ImageFolderDataset  # noqa: E402
 from training.run_state import Run  # noqa: E402
 
@@ -154,16 +155,18 @@ def make_trainers(config: training_loop.Config, dataset: Any) -> dict[str, Timed
 
 
 def compare(trainers: dict[str, TimedTrainer], steps: int, warm_up: int) -> dict[str, list[float]]:
-    """The losses, by program and step; times are in the clocks."""
+    """Losses of the warm-up, by program, without dropout, whose masks differ; the times after it are in the clocks."""
     losses = defaultdict(list)
+    dropouts = {'eager': torch.nn.functional.dropout}
     for step in range(warm_up + steps):
-        names = list(trainers)
-        for name in names if step % 2 else names[::-1]:
+        for name in list(trainers)[:: 1 if step % 2 else -1]:
             torch.manual_seed(step)
-            losses[name].append(trainers[name].timed_step())
-        if step + 1 == warm_up:
-            for trainer in trainers.values():
-                trainer.clock.seconds.clear()
+            dropout = dropouts.get(name, networks._dropout) if step >= warm_up else lambda x, p: x
+            with mock.patch.object(networks, '_dropout', dropout):
+                loss = trainers[name].timed_step()
+            if step < warm_up:
+                losses[name].append(loss)
+                trainers[name].clock.seconds.clear()
     return losses
 
 

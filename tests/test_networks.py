@@ -198,6 +198,21 @@ def test_the_rules_of_the_layers_agree_with_those_of_pytorch(class_name, kwargs)
     assert relative(jvp, own) < 0.06
 
 
+def test_dropout_zeroes_the_share_asked_for_and_scales_the_rest():
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 7, 1001).add(0.5).requires_grad_()
+    for p in (0.1, 0.5, 0.999):
+        y = networks._dropout(x, p)
+        kept = y != 0
+        assert (~kept).double().mean() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / x.numel()))
+        assert torch.allclose(y[kept], x[kept] / (1 - p), rtol=2**-16 / (1 - p))
+        [slope] = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(slope * x, y)
+        assert not torch.equal(kept, networks._dropout(x, p) != 0)
+    assert torch.equal(networks._dropout(x, 0), x)
+    assert not networks._dropout(x, 1).any()
+
+
 class CountOps(TorchDispatchMode):
     """How often each operation of PyTorch runs: `counts['aten.convolution']`."""
 

@@ -78,6 +78,19 @@ def _shift(x, offset):
     return x + offset if dx is None else forward_ad.make_dual(x + offset, dx)
 
 
+def _dropout(x, p):
+    """Elements become zero with probability p, else x/(1 − p).
+
+    On a CPU PyTorch draws 64 random bits for each, which takes a tenth of a training step. 16 do: p is met to 2^−17.
+    """
+    if x.device.type != 'cpu' or not 0 < p < 1:
+        return dropout(x, p)
+    dropped = round(p * 2**16)  # of all 2^16 numbers
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = (bits[: x.numel()] >= dropped - 2**15).view(x.shape)
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 @persistence.persistent_class
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b, in x's dtype."""
@@ -281,7 +294,7 @@ class UNetBlock(torch.nn.Module):
     def forward(self, x, emb):
         h = self.conv0(_silu(self.norm0(x)))
         h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
-        h = self.conv1(dropout(h, p=self.dropout, training=self.training))
+        h = self.conv1(_dropout(h, self.dropout if self.training else 0))
         x = _scale(h + (x if self.skip is None else self.skip(x)), self.skip_scale)
         return _scale(self._attend(x) + x, self.skip_scale) if self.num_heads else x
 
