@@ -89,7 +89,7 @@ def write_dataset(
             if problem:
                 line = printable(f'{sample.name}: {problem}')
                 if not skip_broken:
-                    raise click.ClickException(line)
+                    raise click.ClickException(f'{line}; --skip-broken leaves such images out')
                 if report.num_broken <= MAX_LISTED:
                     progress.write(f'Broken: {line}', file=sys.stderr)
             elif result.kind:

@@ -21,6 +21,8 @@ from torch_utils import distributed as dist
 from training.dataset import choose_subset
 from training.file_tree import DAMAGED, FileTree, open_image
 
+DEFAULT_WORKERS = min(3, os.cpu_count() or 1)
+
 
 def features_of(
     files: 'ImageFiles',
@@ -30,7 +32,7 @@ def features_of(
     keep: bool,
     batch: int = 64,
     skip_broken: bool = False,
-    workers: int = 3,
+    workers: int = DEFAULT_WORKERS,
 ) -> FeatureSet:
     """Pass the chosen images through the detector, each once, spread over all processes."""
     result = FeatureSet(detector, device, keep)
@@ -180,7 +182,12 @@ detector_option = click.option(
 device_option = click.option('--device', help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 skip_option = click.option('--skip-broken', help='Leave out images that cannot be used', is_flag=True)
 workers_option = click.option(
-    '--workers', help='Processes that read images', metavar='INT', type=click.IntRange(min=0), default=3
+    '--workers',
+    help='Processes that read images',
+    metavar='INT',
+    type=click.IntRange(min=0),
+    default=DEFAULT_WORKERS,
+    show_default='3, or the number of cores',
 )
 
 

@@ -488,7 +488,8 @@ def test_errors_of_processes_name_the_file(photos, tmp_path, workers):
     done = run_script(source=photos, dest=tmp_path / 'x.zip', workers=workers, **CROP)
     assert done.returncode == 1
     assert done.stderr.endswith(
-        '\nError: b/077.png: cannot be read: it is not an image, or of a format that is not supported\n'
+        '\nError: b/077.png: cannot be read: it is not an image, or of a format that is not supported; '
+        '--skip-broken leaves such images out\n'
     )
     assert os.listdir(tmp_path) == ['photos']
 

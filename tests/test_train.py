@@ -135,7 +135,9 @@ def training_png(path):
 
 
 def test_files_of_a_run(data, tmp_path):
-    output = run_training(data, tmp_path, '--cond=1', '--duration=0.002', '--snap=1', '--dump=1', '--precond=vp')
+    output = run_training(
+        data, tmp_path, '--cond=1', '--duration=0.002', '--snap=1', '--dump=1', '--precond=vp', '--lr-rampup=0.0005'
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
         'training_options.json',
         'log.txt',
