@@ -35,7 +35,7 @@ PUBLISHED = {
 }
 OWN = {
     'ckpts/edm-mnist-32x32-cond-vp.pkl': (networks.EDMPrecond, 32, 1, 10, SONG),
-    'training-runs/digits/network-snapshot-000150.pkl': (networks.VEPrecond, 16, 1, 0, SONG),
+    'training-runs/digits/network-snapshot-000100.pkl': (networks.VEPrecond, 16, 1, 0, SONG),
     'training-runs/photos/network-snapshot-000500.pkl': (networks.EDMPrecond, 32, 3, 0, SONG),
 }
 REFERENCES = {
@@ -56,7 +56,7 @@ IMAGES = {
     'out/ddb': (32, 'L'),
     'out/rk': (32, 'L'),
     'out/photos': (32, 'RGB'),
-    'out/digits': (32, 'L'),
+    'out/digits-16x16': (16, 'L'),
     'out/digits-classifier/ddb rk': (32, 'L'),
 }
 NUM_IMAGES = 12
