@@ -158,7 +158,13 @@ RULES = [
     Rule(r'train\.py .*', a_network, SMALL_TRAINING),
     Rule(r'-m torch_utils\.network_io (inspect|convert) .*'),
     Rule(
-        r'benchmarks/compare\.py .*--evaluations.*', a_report, f'{SMALL_COMPARISON} --evaluations=8', needs='matplotlib'
+        r'benchmarks/compare\.py .*k-diffusion.*', a_report, f'{SMALL_COMPARISON} --evaluations=8', needs='k_diffusion'
+    ),
+    Rule(
+        r'benchmarks/compare\.py (?!.*k-diffusion).*--evaluations.*',
+        a_report,
+        f'{SMALL_COMPARISON} --evaluations=8',
+        needs='matplotlib',
     ),
     Rule(
         r'benchmarks/compare\.py .*--steps.*', a_report, f'{SMALL_COMPARISON} --steps=3 --eta=0,1', needs='matplotlib'
