@@ -4,6 +4,7 @@ Until all images are there, they lie as PNG files in a folder beside it, FILE.pa
 nothing, and the file is the same as without the kill.
 """
 
+import abc
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import dnnlib
 from images import files
 
 
-class Archive:
+class Archive(abc.ABC):
     """What zip and npz share. A file that is there counts as much as the PNG files do, so it can grow by more seeds."""
 
     def __init__(self, path: str):
@@ -74,14 +75,14 @@ class Archive:
                 self.__dict__.pop(name, None)
         files.delete(self.parts.path(seed) for seed in self.parts.finished(seeds))
 
-    def _read_seeds(self) -> list[int]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _read_seeds(self) -> list[int]: ...
 
-    def _read_row(self, row: int) -> np.ndarray:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _read_row(self, row: int) -> np.ndarray: ...
 
-    def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None: ...
 
 
 class ZipArchive(Archive):

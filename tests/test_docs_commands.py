@@ -46,6 +46,8 @@ from torch_utils import network_io
 from training.dataset import ImageFolderDataset
 from training.training_loop import training_loop
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 NVIDIA = 'https://nvlabs-fi-cdn.nvidia.com'
 SMALL_TRAINING = '--cbase=4 --cres=1,1,1 --num-blocks=1 --batch=16 --tick=1 --samples=0 --workers=0'
 SMALL_TRAINING += ' --plot=0 --fp16=0 --bf16=0 --seed=0 --device=cpu'
@@ -291,14 +293,6 @@ def workplace(original, server, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'training_loop', lambda **kwargs: training_loop(**{**kwargs, 'total_kimg': 0.032}))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     return server
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_here(script, smaller=''):

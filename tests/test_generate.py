@@ -1,9 +1,7 @@
 """generate.py: EDM's numbers, the command line with its errors, and images that depend on their seeds only."""
 
-import contextlib
 import copy
 import inspect
-import io
 import json
 import math
 import os
@@ -13,7 +11,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import foreign_edm
@@ -21,24 +18,19 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from generate_here import run
 
 import dnnlib
 import generate
 import sampler_2nd
 from training import networks
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / 'tests' / 'data' / 'edm_samplers.json').read_text())
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
 DISCRETIZATIONS = ['vp', 've', 'iddpm', 'edm']
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='session')
@@ -55,20 +47,6 @@ def network_files(tmp_path_factory):
 @pytest.fixture(scope='session')
 def digits(network_files):
     return generate.load_network(str(network_files / 'digits.pkl'), torch.device('cpu'))
-
-
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def run(*args):
-    """generate.py in this process; anything but a clean exit passes through as an exception."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
-        generate.main([str(arg) for arg in args], prog_name='generate.py')
-    return Outcome(exit_info.value.code, out.getvalue(), err.getvalue())
 
 
 def run_ok(*args):

@@ -1,7 +1,5 @@
 """Runs of generate.py: continued where they were left, or refused; formats, pictures, classes, guidance; processes."""
 
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import foreign_edm
 import numpy as np
@@ -20,6 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
+from generate_here import run
 from image_files import png
 
 import dnnlib
@@ -29,18 +27,12 @@ from torch_utils import network_io
 from training import networks
 from training.dataset import ImageFolderDataset
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = Path(generate.__file__).parent
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
 SEEDS = '--seeds=0-7'
 TIMEOUT = 900  # seconds: a loaded machine is no failure
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')
@@ -51,19 +43,6 @@ def files(tmp_path_factory):
         net = foreign_edm.randomize(networks.EDMPrecond(8, 1, label_dim=label_dim, **SONG), seed=seed)
         (folder / f'{name}.pkl').write_bytes(pickle.dumps({'ema': net.eval().requires_grad_(False)}))
     return folder
-
-
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def run(*args):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
-        generate.main([str(arg) for arg in args], prog_name='generate.py')
-    return Outcome(exit_info.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
