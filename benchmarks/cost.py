@@ -37,13 +37,14 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    ours = networks._split_dual, networks._attention
+    ours = networks._split_dual, networks._attention, networks._winograd_pays
     networks._split_dual = lambda x, *params: (x, None)
     networks._attention = lambda q, k, v: v @ networks.AttentionOp.apply(q, k).transpose(1, 2)
+    networks._winograd_pays = lambda x, weight: False
     try:
         yield
     finally:
-        networks._split_dual, networks._attention = ours
+        networks._split_dual, networks._attention, networks._winograd_pays = ours
 
 
 def randomize_zeros(net: torch.nn.Module) -> None:

@@ -339,3 +339,84 @@ def test_wrong_arguments_are_named():
         networks.weight_init([2], 'he_normal', 1, 1)
     with pytest.raises(ValueError, match='too few'):
         networks.GroupNorm(2)
+
+
+def convolution_case(batch=2, channels=96, out_channels=128, height=16, width=17, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(out_channels, channels, 3, 3, dtype=dtype) / math.sqrt(9 * channels)
+    return x, weight, torch.randn(out_channels, dtype=dtype)
+
+
+def test_convolution_by_winograd_and_its_gradients_are_those_of_pytorch():
+    inputs = [tensor.requires_grad_() for tensor in convolution_case()]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = torch.nn.functional.conv2d(*wide, padding=1)
+    assert networks._winograd_pays(*inputs[:2])
+    y = networks._conv3x3(*inputs)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert relative(y.detach(), expected.detach()) < 2e-6
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, inputs, dy)
+    for gradient, reference in zip(found, torch.autograd.grad(expected, wide, dy.double()), strict=True):
+        assert relative(gradient, reference) < 3e-6
+
+
+def test_second_derivatives_of_convolution_by_winograd(monkeypatch):
+    monkeypatch.setattr(networks, '_winograd_pays', lambda x, weight: True)
+    inputs = [tensor.requires_grad_() for tensor in convolution_case(1, 2, 3, 8, 3, torch.float64)]
+    assert torch.autograd.gradcheck(networks._conv3x3, inputs)
+    assert torch.autograd.gradgradcheck(networks._conv3x3, inputs)
+
+
+def test_convolution_by_winograd_under_torch_func():
+    x, weight, bias = convolution_case()
+    plain = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+    tangent = torch.randn_like(x)
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            y, jvp = torch.func.jvp(lambda x: networks._conv3x3(x, weight, bias), (x,), (tangent,))
+        assert relative(y, plain) < 2e-6
+        assert relative(jvp, torch.nn.functional.conv2d(tangent, weight, padding=1)) < 2e-6
+    with torch.no_grad():
+        single = torch.func.vmap(lambda x: networks._conv3x3(x[None], weight, bias)[0])(x)
+        assert relative(single, plain) < 2e-6
+
+
+@torch.no_grad()
+def test_convolution_by_winograd_where_it_pays_whatever_the_batch():
+    x, weight, bias = convolution_case(batch=3)
+    y = networks._conv3x3(x, weight, bias)
+    for i in range(3):
+        assert torch.equal(networks._conv3x3(x[i : i + 1], weight, bias), y[i : i + 1])
+    narrow = weight[:64]
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not networks._winograd_pays(x, weight)
+    for other, kernel in [(x.contiguous(), weight), (x[:, :, 1:], weight), (x[:, :, :8], weight), (x, narrow)]:
+        assert not networks._winograd_pays(other, kernel)
+
+
+@torch.no_grad()
+def test_wide_networks_give_the_same_in_channels_last():
+    torch.manual_seed(0)
+    net = networks.EDMPrecond(16, 3, model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[]).eval()
+    for param in net.parameters():
+        param.add_(0.05 * torch.randn_like(param))
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 2.0])
+    with CountOps() as plain:
+        expected = net(x, sigma), torch.func.jvp(lambda x: net(x, sigma), (x,), (x.flip(0),))[1]
+    net = net.to(memory_format=torch.channels_last)
+    with CountOps() as winograd:
+        found = net(x, sigma), torch.func.jvp(lambda x: net(x, sigma), (x,), (x.flip(0),))[1]
+    assert winograd.counts['aten.convolution'] > plain.counts['aten.convolution']
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_dropout_masks_lie_as_their_image_does():
+    x = torch.ones(2, 8, 5, 3).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    last = networks._dropout(x, 0.5)
+    torch.manual_seed(0)
+    first = networks._dropout(x.permute(0, 2, 3, 1).contiguous(), 0.5)
+    assert torch.equal(last.permute(0, 2, 3, 1), first)

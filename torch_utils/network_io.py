@@ -103,7 +103,7 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
     Raises:
         ValueError: another ending.
     """
-    net = copy.deepcopy(net).cpu()
+    net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if str(path).endswith('.pkl'):
         with dnnlib.util.atomic_write(path) as file:
             pickle.dump({'ema': net, **entries}, file, protocol=4)

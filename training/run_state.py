@@ -119,6 +119,10 @@ class Run:
         for group, own in zip(state['param_groups'], self.optimizer.param_groups, strict=True):
             group.update({name: own[name] for name in ('foreach', 'fused') if name in own})
         self.optimizer.load_state_dict(state)
+        for param, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == param.shape:  # one kernel goes through both, so their elements need the same order
+                    moments[name] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
 
 
 # ----------------------------------------------------------------------------
