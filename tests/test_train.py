@@ -167,7 +167,7 @@ def test_files_of_a_run(data, tmp_path):
     ]
     assert rows[0]['Loss/loss']['num'] == 32 * 32 * 32
     assert rows[2]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
-    net = network_io.load_network(str(tmp_path / 'network-snapshot-000002.pkl'))
+    net = network_io.load_network(str(tmp_path / 'network-snapshot-000001.pkl'))
     assert type(net).__name__ == 'VPPrecond'
     assert (net.label_dim, net.img_resolution, net.img_channels) == (10, 32, 1)
     state = torch.load(tmp_path / 'training-state-000002.pt', weights_only=True)
@@ -222,8 +222,8 @@ def test_ema_is_a_half_life_average():
 
 
 def test_bf16_trains_a_float32_network(data, tmp_path):
-    run_training(data, tmp_path, '--duration=0.002', '--bf16=1', '--lr-rampup=0.001')
+    run_training(data, tmp_path, '--duration=0.001', '--bf16=1', '--lr-rampup=0.0005')
     rows = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
     assert rows[-1]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
-    net = network_io.load_network(str(tmp_path / 'network-snapshot-000002.pkl'))
+    net = network_io.load_network(str(tmp_path / 'network-snapshot-000001.pkl'))
     assert {param.dtype for param in net.parameters()} == {torch.float32}

@@ -42,6 +42,7 @@ NETWORK_CLASSES = {
 # training/networks.py in this checkout is known without an entry.
 KNOWN_SOURCES = {
     'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
+    '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
 }
 
 MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
