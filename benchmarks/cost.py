@@ -90,8 +90,9 @@ def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict
 @click.option('--dtype', type=click.Choice(['fp32', 'bf16']), default='fp32', show_default=True)
 @torch.no_grad()
 def main(batch: int, rounds: int, dtype: str) -> None:
-    print(f'{"":<30} {"speed-up":>10} {"plain JVP":>15} {"JVP":>15} {"JVP":>10} {"distance":>10}')
-    print(f'{"network":<30} {"of forward":>10} {"/ plain forward":>15} {"/ plain forward":>15} {"/ forward":>10}')
+    ratios = 'speed-up of forward | plain JVP / plain forward | JVP / plain forward | JVP / forward'
+    print(f'| network | {ratios} | distance |')
+    print('|---|---|---|---|---|---|')
     for name, make in NETWORKS.items():
         net = make().eval().requires_grad_(False)
         randomize_zeros(net)
@@ -100,10 +101,9 @@ def main(batch: int, rounds: int, dtype: str) -> None:
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))
 
-        print(
-            f'{name:<30} {ratio("plain forward", "ours forward"):>10.2f} {ratio("plain jvp", "plain forward"):>15.2f} '
-            f'{ratio("ours jvp", "plain forward"):>15.2f} {ratio("ours jvp", "ours forward"):>10.2f} {distance:>10.1e}'
-        )
+        pairs = [('plain forward', 'ours forward'), ('plain jvp', 'plain forward')]
+        pairs += [('ours jvp', 'plain forward'), ('ours jvp', 'ours forward')]
+        print(f'| {name} | ' + ' | '.join(f'{ratio(*pair):.2f}' for pair in pairs) + f' | {distance:.1e} |')
 
 
 if __name__ == '__main__':

@@ -267,20 +267,21 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, floa
 def format_share(right: torch.Tensor) -> str:
     hits, n = int(right.sum()), right.numel()
     low, high = wilson_interval(hits, n)
-    return f'{hits / n:6.1%}  ({low:.1%} to {high:.1%})'
+    return f'{hits / n:.1%} ({low:.1%} to {high:.1%})'
 
 
 def format_table(results: list[Result]) -> str:
-    head = f'{"setting":<12}{"steps":>5}  {"read as asked (95 % interval)":<29}{"seconds":>9}'
-    rows = [f'{r.setting.name:<12}{r.setting.steps:>5}  {format_share(r.right):<29}{r.seconds:>9.1f}' for r in results]
-    return '\n'.join([head, *rows])
+    rows = [f'| {r.setting.name} | {r.setting.steps} | {format_share(r.right)} | {r.seconds:.0f} |' for r in results]
+    return '\n'.join(['| setting | steps | read as asked (95% interval) | seconds |', '|---|---|---|---|', *rows])
 
 
 def format_details(rows: dict[str, torch.Tensor]) -> str:
     """Shares by class; each row is bool [10,n]."""
-    head = f'{"by class":<12}' + ''.join(f'{digit:>6}' for digit in range(NUM_CLASSES))
-    body = [f'{name:<12}' + ''.join(f'{x:>6.0%}' for x in right.double().mean(1)) for name, right in rows.items()]
-    return '\n'.join([head, *body])
+    head = '| by class | ' + ' | '.join(map(str, range(NUM_CLASSES))) + ' |'
+    body = [
+        f'| {name} | ' + ' | '.join(f'{x:.0%}' for x in right.double().mean(1)) + ' |' for name, right in rows.items()
+    ]
+    return '\n'.join([head, '|---' * (NUM_CLASSES + 1) + '|', *body])
 
 
 def by_class(right: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -331,7 +332,7 @@ def fit_judge(data: str) -> tuple[torch.nn.Sequential, torch.Tensor]:
     model = fit_classifier(train)
     seconds = time.perf_counter() - start
     right = by_class(read_digits(model, held_out.images) == held_out.labels, held_out.labels)
-    click.echo(f'Held-out real digits: {format_share(right).strip()} read right; classifier fitted in {seconds:.0f} s')
+    click.echo(f'Held-out real digits: {format_share(right)} read right; classifier fitted in {seconds:.0f} s')
     if right.double().mean() < MIN_HELD_OUT:
         raise click.ClickException(f'less than {MIN_HELD_OUT:.0%}: this classifier is no judge of sampled digits')
     return model, right
@@ -385,7 +386,7 @@ def main(
         results = [judge(model, group, seconds[name]) for name, group in jobs.items()]
         click.echo(format_table(results))
         if detail:
-            click.echo(format_details({'held-out': held_out, **{r.setting.name: r.right for r in results}}))
+            click.echo('\n' + format_details({'held-out': held_out, **{r.setting.name: r.right for r in results}}))
         if sheet:
             write_sheet(sheet, jobs[SHEET_SETTING])
     except OSError as err:

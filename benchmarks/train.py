@@ -175,16 +175,16 @@ def compare(trainers: dict[str, TimedTrainer], steps: int, warm_up: int) -> dict
 def print_table(trainers: dict[str, TimedTrainer], losses: dict[str, list[float]]) -> None:
     batch = next(iter(trainers.values())).config.batch_size
     totals = {name: [sum(s) for s in zip(*t.clock.seconds.values(), strict=True)] for name, t in trainers.items()}
-    parts = ' | '.join(f'{part:>9s}' for part in PARTS)
-    print(f'{"program":14s} | images/s | {parts} | speed over eager | loss differs by')
+    print(f'| program | images/s | {" | ".join(PARTS)} | speed over eager | losses differ by |')
+    print('|---' * (len(PARTS) + 4) + '|')
     for name, trainer in trainers.items():
         total = sum(totals[name])
-        shares = ' | '.join(f'{sum(trainer.clock.seconds[part]) / total:9.1%}' for part in PARTS)
+        shares = ' | '.join(f'{sum(trainer.clock.seconds[part]) / total:.1%}' for part in PARTS)
         ratios = sorted(eager / own for eager, own in zip(totals['eager'], totals[name], strict=True))
         speed = f'{statistics.median(ratios):.2f} ({ratios[len(ratios) // 4]:.2f}–{ratios[-1 - len(ratios) // 4]:.2f})'
         differs = max(abs(a / b - 1) for a, b in zip(losses[name], losses['eager'], strict=True))
         rate = batch / statistics.median(totals[name])
-        print(f'{name:14s} | {rate:8.1f} | {shares} | {speed:>16s} | {differs:.1e}')
+        print(f'| {name} | {rate:.1f} | {shares} | {speed} | {differs:.1e} |')
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})

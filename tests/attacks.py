@@ -582,16 +582,18 @@ def read_numpy(data):
 
 
 def main():
+    print('| kind | vectors | refused: networks | refused: `load_numpy` | slowest |\n|---|---|---|---|---|')
+    unexpected = []
     for kind, vectors in {**attacks(), 'networks': networks_of_lies()}.items():
+        refused, slowest = [], 0.0
         for reader in [read_network] if kind == 'networks' else [read_network, read_numpy]:
             outcomes = {name: outcome(data, reader) for name, data in vectors.items()}
-            refused = sum(result == 'refused' for result, _ in outcomes.values())
-            slowest = max(seconds for _, seconds in outcomes.values())
-            counts = f'{len(outcomes):4d} vectors {refused:4d} refused'
-            print(f'{kind:12s}{reader.__name__:14s}{counts}, slowest {slowest:.2f} s')
-            for name, (result, _) in outcomes.items():
-                if result != 'refused':
-                    print(f'    {name}: {result}')
+            refused.append(sum(result == 'refused' for result, _ in outcomes.values()))
+            slowest = max(slowest, *(seconds for _, seconds in outcomes.values()))
+            unexpected += [f'{name}: {result}' for name, (result, _) in outcomes.items() if result != 'refused']
+        counts = ' | '.join(map(str, [*refused, '–'][:2]))
+        print(f'| {kind} | {len(vectors)} | {counts} | {slowest:.2f} s |')
+    print('\n'.join(['', *unexpected]) if unexpected else '\nAll were refused.')
 
 
 if __name__ == '__main__':

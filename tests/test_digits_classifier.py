@@ -164,12 +164,13 @@ def test_the_table_tells_shares_intervals_and_seconds(run, sampler):
     result = run('--detail')
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].split('  ')[0] == 'setting'
-    assert [line[:17].split() for line in lines[1:4]] == [['db', '18'], ['ddb', 'taylor', '40'], ['ddb', 'rk', '40']]
-    assert all('90.0%  (69.9% to 97.2%)' in line for line in lines[1:4])
-    assert lines[4].split() == ['by', 'class', *'0123456789']
-    assert lines[5].split() == ['held-out'] + ['100%'] * 10
-    assert lines[6].split() == ['db', *['50%' if digit in (2, 6) else '100%' for digit in range(10)]]
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    assert cells[0] == ['setting', 'steps', 'read as asked (95% interval)', 'seconds']
+    assert [row[:2] for row in cells[2:5]] == [['db', '18'], ['ddb taylor', '40'], ['ddb rk', '40']]
+    assert all(row[2] == '90.0% (69.9% to 97.2%)' for row in cells[2:5])
+    assert cells[6] == ['by class', *'0123456789']
+    assert cells[8] == ['held-out'] + ['100%'] * 10
+    assert cells[9] == ['db', *['50%' if digit in (2, 6) else '100%' for digit in range(10)]]
 
 
 def test_min_share_decides_the_exit_status(run, sampler):
