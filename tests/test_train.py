@@ -1,5 +1,6 @@
 """train.py and the training loop on real digits: options, files of a run, exact resume."""
 
+import copy
 import json
 import pathlib
 import signal
@@ -227,3 +228,27 @@ def test_bf16_trains_a_float32_network(data, tmp_path):
     assert rows[-1]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
     net = network_io.load_network(str(tmp_path / 'network-snapshot-000001.pkl'))
     assert {param.dtype for param in net.parameters()} == {torch.float32}
+
+
+def test_moments_of_a_state_take_the_order_of_the_weights(tmp_path):
+    """A state from a GPU, or from an older version, has its elements in another order than a CPU run now."""
+
+    def new_run(memory_format):
+        torch.manual_seed(0)
+        net = torch.nn.Conv2d(4, 3, 3).to(memory_format=memory_format)
+        return run_state.Run(net, copy.deepcopy(net), torch.optim.Adam(net.parameters(), fused=True))
+
+    def step(run):
+        run.optimizer.zero_grad()
+        run.net(torch.linspace(-1, 1, 100).reshape(1, 4, 5, 5)).square().sum().backward()
+        run.optimizer.step()
+
+    first, second = new_run(torch.contiguous_format), new_run(torch.channels_last)
+    step(first)
+    first.save(tmp_path / 'training-state-000000.pt')
+    second.load(tmp_path / 'training-state-000000.pt')
+    for run in (first, second):
+        step(run)
+    for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+    assert second.optimizer.state[second.net.weight]['exp_avg'].stride() == second.net.weight.stride()
