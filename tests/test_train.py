@@ -168,7 +168,7 @@ def test_files_of_a_run(data, tmp_path):
     ]
     assert rows[0]['Loss/loss']['num'] == 32 * 32 * 32
     assert rows[2]['Loss/loss']['mean'] < rows[0]['Loss/loss']['mean']
-    net = network_io.load_network(str(tmp_path / 'network-snapshot-000001.pkl'))
+    net = network_io.load_network(str(tmp_path / 'network-snapshot-000002.pkl'))
     assert type(net).__name__ == 'VPPrecond'
     assert (net.label_dim, net.img_resolution, net.img_channels) == (10, 32, 1)
     state = torch.load(tmp_path / 'training-state-000002.pt', weights_only=True)
