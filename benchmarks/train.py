@@ -4,7 +4,7 @@ Three programs make the same steps from the same weights, images and random numb
 
     eager           PyTorch as in its tutorials: its dropout, Adam and the moving average weight by weight
     channels_first  dropout with fewer random bits, and one kernel for all weights
-    train.py        `training.training_loop.Trainer`: on a CPU also channels last, and faster 3x3 convolutions where wide
+    train.py        `training.training_loop.Trainer`: wide networks on a CPU also channels last, for faster convolutions
 
 A ratio is the median over the turns of one program's time over another's in the same turn. The first turns, of which no
 time is taken, go without dropout, from weights without zeros: there the losses have to agree to rounding.

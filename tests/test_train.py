@@ -17,7 +17,7 @@ import dataset_tool
 import dnnlib
 import train
 from torch_utils import network_io
-from training import run_state
+from training import networks, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 NETWORK = ['--cbase=8', '--cres=1,1', '--num-blocks=1']
@@ -252,3 +252,11 @@ def test_moments_of_a_state_take_the_order_of_the_weights(tmp_path):
     for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
     assert second.optimizer.state[second.net.weight]['exp_avg'].stride() == second.net.weight.stride()
+
+
+@pytest.mark.parametrize(('channels', 'last'), [(64, True), (32, False)])
+def test_wide_networks_train_channels_last_on_a_cpu(channels, last):
+    net = networks.SongUNet(16, 1, 1, model_channels=channels, channel_mult=[1, 2], num_blocks=1)
+    net = training_loop.set_memory_format(net)
+    kernel = net.enc['8x8_block0'].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == last

@@ -182,9 +182,15 @@ def _start_run(config: Config, dataset: Any) -> Run:
 
 
 def set_memory_format(net: torch.nn.Module) -> torch.nn.Module:
-    """Channels last on a CPU, where convolutions are faster so; benchmarks/train.py has what that saves."""
-    on_cpu = next(net.parameters()).device.type == 'cpu'
-    return net.to(memory_format=torch.channels_last) if on_cpu else net  # type: ignore[call-overload]
+    """Channels last on a CPU, for networks most of whose convolutions are wide enough to gain by it (`_winograd_pays`).
+
+    Narrow ones lose in the normalizations what they gain in the convolutions: benchmarks/train.py.
+    """
+    kernels = [weight for weight in net.parameters() if weight.ndim == 4 and weight.device.type == 'cpu']
+    wide = [kernel for kernel in kernels if kernel.shape[0] * kernel.shape[1] >= 2**13]
+    if 2 * sum(map(torch.numel, wide)) > sum(map(torch.numel, kernels)):
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def make_optimizer(net: torch.nn.Module, optimizer_kwargs: dict[str, Any]) -> torch.optim.Optimizer:
