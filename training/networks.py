@@ -100,7 +100,8 @@ def _dropout(x, p):
     dropped = round(p * 2**16)  # of all 2^16 numbers
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()] >= dropped - 2**15
-    kept = kept.as_strided(x.shape, x.stride()) if x.stride(1) == 1 else kept.view(x.shape)  # in x's order
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    kept = kept.as_strided(x.shape, x.stride()) if last else kept.view(x.shape)  # in x's order
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
@@ -113,13 +114,16 @@ def _dropout(x, p):
 # 1e-6 relative, twice that of PyTorch's own convolution. benchmarks/cost.py tells what it saves.
 
 
+WIDE = 2**13  # input times output channels
+
+
 def _conv3x3(x, weight, bias):
     """3×3 convolution, padding 1."""
     if not _winograd_pays(x, weight):
         return conv2d(x, weight, bias, padding=1)
     if not torch.is_grad_enabled():
         return _winograd(x, weight, bias)
-    if _have_tangents(x, weight):
+    if _have_tangents(x, weight, *([] if bias is None else [bias])):
         return conv2d(x, weight, bias, padding=1)  # forward mode with gradients enabled: PyTorch's rules
     return _Winograd.apply(x, weight, bias)
 
@@ -128,7 +132,7 @@ def _winograd_pays(x, weight):
     """On a CPU, channels last, with many channels and pixels; whatever the batch, on which images must not depend."""
     if x.device.type != 'cpu' or x.dtype != torch.float32 or x.stride(1) != 1 or x.shape[2] % 4:
         return False
-    many = weight.shape[0] * weight.shape[1] >= 2**13 and x.shape[2] * x.shape[3] >= 2**8
+    many = weight.shape[0] * weight.shape[1] >= WIDE and x.shape[2] * x.shape[3] >= 2**8
     return many and not torch.is_autocast_enabled('cpu')  # half precision would lose too much in the sums
 
 

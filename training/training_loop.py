@@ -20,6 +20,7 @@ import torch
 import dnnlib
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io, training_stats
+from training import networks
 from training.interrupts import Interrupts, outlast_signals
 from training.progress import Reporter, TensorBoard, draw_losses
 from training.run_state import Run, explain_failed_write
@@ -187,7 +188,7 @@ def set_memory_format(net: torch.nn.Module) -> torch.nn.Module:
     Narrow ones lose in the normalizations what they gain in the convolutions: benchmarks/train.py.
     """
     kernels = [weight for weight in net.parameters() if weight.ndim == 4 and weight.device.type == 'cpu']
-    wide = [kernel for kernel in kernels if kernel.shape[0] * kernel.shape[1] >= 2**13]
+    wide = [kernel for kernel in kernels if kernel.shape[0] * kernel.shape[1] >= networks.WIDE]
     if 2 * sum(map(torch.numel, wide)) > sum(map(torch.numel, kernels)):
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
