@@ -8,6 +8,8 @@ starts nothing.
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import os
 import re
 from typing import Any
@@ -149,6 +151,9 @@ def _has_group() -> bool:
 def _join_group(device: torch.device) -> None:
     for key, default in _GROUP_DEFAULTS.items():
         os.environ.setdefault(key, default)
+    # Its functions take the default group as a default argument: imported later, by DistributedDataParallel, they would
+    # keep the group for ever, and its threads running into the end of the interpreter, which now and then aborts then.
+    importlib.import_module('torch.distributed.nn')
     if device.type == 'cuda' and os.name != 'nt':
         # Bound to its GPU, nccl need not guess one in `barrier`, which it does with a warning.
         dist.init_process_group(backend='nccl', init_method='env://', device_id=device)
@@ -160,6 +165,7 @@ def _join_group(device: torch.device) -> None:
 def _leave_group() -> None:
     if _has_group():
         dist.destroy_process_group()
+        gc.collect()  # a DistributedDataParallel, which is part of a reference cycle, holds the group too
 
 
 def _env_int(key: str, default: int) -> int:
