@@ -464,6 +464,84 @@ def _drop_labels(labels, probability):
     return labels * keep.to(labels.dtype)
 
 
+def _encoder(stem, levels, num_blocks, block, attn_resolutions, shortcut=None):
+    """Encoder of a U-Net: its layers by name, and the channels of each result that the decoder takes, in order.
+
+    levels: resolution and channels of each, finest first. block: (channels in, channels out, options) → layer.
+    shortcut: channels → further layers by name, after each halving.
+    """
+    enc, skips = torch.nn.ModuleDict(), []
+    c = stem.out_channels
+    for level, (res, channels) in enumerate(levels):
+        if level == 0:
+            enc[f'{res}x{res}_conv'] = stem
+        else:
+            enc[f'{res}x{res}_down'] = block(c, c, down=True)
+            for name, layer in shortcut(c).items() if shortcut else ():
+                enc[f'{res}x{res}_{name}'] = layer
+        skips.append(c)
+        for i in range(num_blocks):
+            enc[f'{res}x{res}_block{i}'] = block(c, channels, attention=res in attn_resolutions)
+            c = channels
+            skips.append(c)
+    return enc, skips
+
+
+def _decoder(skips, levels, num_blocks, block, attn_resolutions, first_attending=0, to_image=None):
+    """Decoder of a U-Net: its layers by name, and the channels of its result.
+
+    skips, levels, block: of `_encoder`. first_attending: which block of a level is the first with attention.
+    to_image: (channels, is this the coarsest level?, the finest?) → further layers by name, after each level.
+    """
+    dec, skips = torch.nn.ModuleDict(), list(skips)
+    c = skips[-1]
+    for level, (res, channels) in reversed(list(enumerate(levels))):
+        coarsest = level == len(levels) - 1
+        if coarsest:
+            dec[f'{res}x{res}_in0'] = block(c, c, attention=True)
+            dec[f'{res}x{res}_in1'] = block(c, c)
+        else:
+            dec[f'{res}x{res}_up'] = block(c, c, up=True)
+        for i in range(num_blocks + 1):
+            attention = res in attn_resolutions and i >= first_attending
+            dec[f'{res}x{res}_block{i}'] = block(c + skips.pop(), channels, attention=attention)
+            c = channels
+        for name, layer in to_image(c, coarsest, level == 0).items() if to_image else ():
+            dec[f'{res}x{res}_{name}'] = layer
+    return dec, c
+
+
+def _input_shortcut(encoder_type, c_input, resample_filter, init):
+    """channels of the features → the layers that halve the input and bring it to them, by name."""
+    down = {'down': True, 'resample_filter': resample_filter}
+
+    def skip(c):
+        halve = Conv2d(c_input, c_input, kernel=0, **down)
+        return {'aux_down': halve, 'aux_skip': Conv2d(c_input, c, kernel=1, **init)}
+
+    def residual(c):
+        nonlocal c_input  # the result takes the place of the input
+        c_before, c_input = c_input, c
+        return {'aux_residual': Conv2d(c_before, c, kernel=3, fused_resample=True, **down, **init)}
+
+    return {'standard': None, 'skip': skip, 'residual': residual}[encoder_type]
+
+
+def _to_image(decoder_type, out_channels, resample_filter, init):
+    """`to_image` of `_decoder`: the image comes from the finest level only, or (skip) is a sum over all levels."""
+
+    def layers(c, coarsest, finest):
+        made = {}
+        if decoder_type == 'skip' and not coarsest:
+            made['aux_up'] = Conv2d(out_channels, out_channels, kernel=0, up=True, resample_filter=resample_filter)
+        if decoder_type == 'skip' or finest:
+            made['aux_norm'] = GroupNorm(c, eps=1e-6)
+            made['aux_conv'] = Conv2d(c, out_channels, kernel=3, **init)
+        return made
+
+    return layers
+
+
 @persistence.persistent_class
 class SongUNet(torch.nn.Module):
     """U-Net of DDPM++ (positional, standard, standard) and NCSN++ (fourier, residual, standard).
@@ -500,7 +578,6 @@ class SongUNet(torch.nn.Module):
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init = {'init_mode': 'xavier_uniform'}
         init_zero = {'init_mode': 'xavier_uniform', 'init_weight': 1e-5}
-        resampling = {'resample_filter': resample_filter}
 
         def block(c_in, c_out, **options):
             init_attn = {'init_mode': 'xavier_uniform', 'init_weight': math.sqrt(0.2)}
@@ -519,48 +596,12 @@ class SongUNet(torch.nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
 
-        self.enc = torch.nn.ModuleDict()
-        c, c_aux = in_channels, in_channels
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f'{res}x{res}_conv'] = Conv2d(c, model_channels, kernel=3, **init)
-                c = model_channels
-            else:
-                self.enc[f'{res}x{res}_down'] = block(c, c, down=True)
-                if encoder_type == 'skip':
-                    self.enc[f'{res}x{res}_aux_down'] = Conv2d(c_aux, c_aux, kernel=0, down=True, **resampling)
-                    self.enc[f'{res}x{res}_aux_skip'] = Conv2d(c_aux, c, kernel=1, **init)
-                if encoder_type == 'residual':
-                    fused = {'down': True, 'fused_resample': True, **resampling}
-                    self.enc[f'{res}x{res}_aux_residual'] = Conv2d(c_aux, c, kernel=3, **fused, **init)
-                    c_aux = c
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f'{res}x{res}_block{i}'] = block(c, model_channels * mult, attention=res in attn_resolutions)
-                c = model_channels * mult
-                skips.append(c)
-
-        self.dec = torch.nn.ModuleDict()
-        deepest = len(channel_mult) - 1
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == deepest:
-                self.dec[f'{res}x{res}_in0'] = block(c, c, attention=True)
-                self.dec[f'{res}x{res}_in1'] = block(c, c)
-            else:
-                self.dec[f'{res}x{res}_up'] = block(c, c, up=True)
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f'{res}x{res}_block{i}'] = block(c + skips.pop(), model_channels * mult, attention=attention)
-                c = model_channels * mult
-            if decoder_type == 'skip' or level == 0:
-                if decoder_type == 'skip' and level < deepest:
-                    up = Conv2d(out_channels, out_channels, kernel=0, up=True, **resampling)
-                    self.dec[f'{res}x{res}_aux_up'] = up
-                self.dec[f'{res}x{res}_aux_norm'] = GroupNorm(c, eps=1e-6)
-                self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c, out_channels, kernel=3, **init_zero)
+        levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        stem = Conv2d(in_channels, model_channels, kernel=3, **init)
+        shortcut = _input_shortcut(encoder_type, in_channels, resample_filter, init)
+        self.enc, skips = _encoder(stem, levels, num_blocks, block, attn_resolutions, shortcut)
+        to_image = _to_image(decoder_type, out_channels, resample_filter, init_zero)
+        self.dec, _ = _decoder(skips, levels, num_blocks, block, attn_resolutions, num_blocks, to_image)
 
     def forward(self, x, noise_labels, class_labels, augment_labels=None):
         emb = self._embed(noise_labels, class_labels, augment_labels)
@@ -647,33 +688,10 @@ class DhariwalUNet(torch.nn.Module):
         label_init = {'bias': False, 'init_mode': 'kaiming_normal', 'init_weight': math.sqrt(label_dim)}
         self.map_label = Linear(label_dim, emb_channels, **label_init) if label_dim else None
 
-        self.enc = torch.nn.ModuleDict()
-        c, skips = in_channels, []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f'{res}x{res}_conv'] = Conv2d(c, model_channels * mult, kernel=3, **init)
-                c = model_channels * mult
-            else:
-                self.enc[f'{res}x{res}_down'] = block(c, c, down=True)
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f'{res}x{res}_block{i}'] = block(c, model_channels * mult, attention=res in attn_resolutions)
-                c = model_channels * mult
-                skips.append(c)
-
-        self.dec = torch.nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f'{res}x{res}_in0'] = block(c, c, attention=True)
-                self.dec[f'{res}x{res}_in1'] = block(c, c)
-            else:
-                self.dec[f'{res}x{res}_up'] = block(c, c, up=True)
-            for i in range(num_blocks + 1):
-                attention = res in attn_resolutions
-                self.dec[f'{res}x{res}_block{i}'] = block(c + skips.pop(), model_channels * mult, attention=attention)
-                c = model_channels * mult
+        levels = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        stem = Conv2d(in_channels, levels[0][1], kernel=3, **init)
+        self.enc, skips = _encoder(stem, levels, num_blocks, block, attn_resolutions)
+        self.dec, c = _decoder(skips, levels, num_blocks, block, attn_resolutions)
         self.out_norm = GroupNorm(c)
         self.out_conv = Conv2d(c, out_channels, kernel=3, **init_zero)
 
