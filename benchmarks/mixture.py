@@ -29,12 +29,12 @@ ON_A_PATH = [
 
 
 class PathNoise:
-    """The normals of an `orders.Path`, step by step; a peer that asks by times gets the increment of the next step."""
+    """The normals of a path, two for each step; a peer that asks by times gets the increment of the next step."""
 
-    def __init__(self, path, steps, time_integral, increments_only):
-        normals = path.normals(steps, 1.0, time_integral)
+    def __init__(self, sampler, normals):
+        increments_only = sampler.startswith(('k-diffusion', 'diffusers'))
         self._draws = iter(normals[::2] if increments_only else normals)
-        self._nothing = torch.zeros_like(path.latents)
+        self._nothing = torch.zeros_like(normals[0])
 
     def fresh(self, *_):
         return next(self._draws, self._nothing)  # diffusers draws once more for the last step, to multiply it by 0
@@ -44,8 +44,7 @@ class PathNoise:
 
 def solve(name, path, problem, num_steps):
     sampler = (peers.PEERS | peers.OURS)[name]
-    increments_only = name.startswith(('k-diffusion', 'diffusers'))
-    noise = PathNoise(path, num_steps, name != 'ddb taylor', increments_only)
+    noise = PathNoise(name, path.normals(num_steps, 1.0, name != 'ddb taylor'))
 
     def denoise(x, sigma):
         return orders.PROBLEMS[problem](x, torch.as_tensor(sigma).reshape(-1)[0])

@@ -1,0 +1,92 @@
+"""How far is each sampler from the solution of the network's SDE? The solver's error, without the network's.
+
+The distance to real images mixes the network's error, which all samplers share, with the solver's. Here all get the
+Brownian paths of the same seeds (`sampler_2nd.BrownianPath`) on EDM's noise levels, and are compared with `rk` at 256
+steps on these paths. `taylor` weighs a path differently, and is compared with itself at 256 steps. Strong error: root
+mean square distance of the pixels, in grey levels. Weak error: mean of x² − x*² for pixels in [−1, 1], with its
+standard error; x* is the solution on the same path, so few images suffice.
+"""
+
+import itertools
+import os
+import sys
+
+import click
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
+
+import generate
+import sampler_2nd
+from benchmarks import mixture, peers
+
+SOLUTION_STEPS = 256
+
+
+class Problem:
+    """A network, and seeds with their latents, classes (seed k has number k mod their count) and Brownian paths."""
+
+    def __init__(self, net, seeds, rho, batch):
+        self.net, self.rho, self.batch = net, rho, batch
+        self.path = sampler_2nd.BrownianPath(seeds)
+        rnd = generate.StackedRandomGenerator('cpu', seeds)
+        latents, classes = generate.draw_start(net, rnd, seeds, range(net.label_dim))
+        self.latents = latents.double()
+        self.labels = None if classes is None else torch.eye(net.label_dim)[classes]
+
+    def denoise(self, x, sigma):
+        labels = [None] * len(x) if self.labels is None else self.labels.split(self.batch)
+        sigma = torch.as_tensor(sigma).reshape(-1)[0]
+        parts = zip(x.split(self.batch), labels, strict=False)
+        return torch.cat([sampler_2nd.Denoiser(self.net, label)(part, sigma) for part, label in parts])
+
+    def solve(self, name, levels):
+        """The images of a sampler that makes `levels` steps, the last one to σ = 0."""
+        sigmas = [float(sigma) for sigma in sampler_2nd.noise_levels(self.net, levels, 0.002, 80, self.rho)]
+        time_integral = name != 'ddb taylor'
+        steps = itertools.pairwise(sigmas[:-1])
+        normals = [z for step in steps for z in self.path.normals(self.latents, *step, 1.0, time_integral)]
+        noise = mixture.PathNoise(name, normals)
+        with torch.no_grad():
+            sampler = (peers.PEERS | peers.OURS)[name]
+            return sampler.run(self.denoise, self.latents * sigmas[0], sigmas, noise)
+
+
+def errors(x, solution):
+    """(strong error, weak error, the weak error's standard error)"""
+    gap = (x.square() - solution.square()).flatten(1).mean(1)
+    strong = 127.5 * float((x - solution).square().mean().sqrt())
+    return strong, float(gap.mean()), float(gap.std()) / len(gap) ** 0.5
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
+@click.option('--seeds', help='Images', metavar='LIST', type=generate.parse_int_list, default='0-99')
+@click.option('--evaluations', help='Of the network, per image', metavar='LIST', default='8,12,16,24,32,64')
+@click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
+@click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, default=mixture.ON_A_PATH)
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=50)
+def main(network, seeds, evaluations, rho, names, batch):
+    """Print strong error; weak error ± its standard error, against network evaluations (a JVP counts as one more).
+
+    \b
+    python benchmarks/solver_error.py
+    """
+    if unknown := set(names) - set(mixture.ON_A_PATH):
+        raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(mixture.ON_A_PATH)}')
+    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    problem = Problem(generate.load_network(network, torch.device('cpu')), seeds, rho, batch)
+    counts, solutions = generate.parse_int_list(evaluations), {}
+    print('| strong error; weak error | ' + ' | '.join(map(str, counts)) + ' |')
+    print('|---' * (len(counts) + 1) + '|', flush=True)
+    for name in (name for name in names if name in samplers):
+        best = 'ddb taylor' if name == 'ddb taylor' else 'ddb rk'
+        if best not in solutions:
+            solutions[best] = problem.solve(best, SOLUTION_STEPS)
+        found = [errors(problem.solve(name, samplers[name].levels(n)), solutions[best]) for n in counts]
+        cells = [f'{strong:.1f}; {weak:+.4f} ± {spread:.4f}' for strong, weak, spread in found]
+        print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()

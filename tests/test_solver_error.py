@@ -1,0 +1,57 @@
+"""benchmarks/solver_error.py, at a size that takes seconds."""
+
+from functools import partial
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+
+import generate
+import sampler_2nd
+from benchmarks import solver_error
+
+SEEDS = [3, 14]
+
+
+@pytest.fixture(scope='module')
+def problem():
+    net = generate.load_network(str(generate.SHIPPED_NETWORK), torch.device('cpu'))
+    return solver_error.Problem(net, SEEDS, rho=7, batch=1)
+
+
+@pytest.mark.parametrize('scheme', ['taylor', 'rk'])
+def test_the_images_are_those_of_generate(problem, scheme):
+    sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
+    classes, cpu = range(problem.net.label_dim), torch.device('cpu')
+    [(_, images)] = generate.generate_images(problem.net, [SEEDS], sampler, cpu, classes, noise='path')
+    assert np.array_equal(generate.to_uint8(problem.solve(f'ddb {scheme}', 4)), images)
+
+
+def test_errors_in_closed_form():
+    solution = torch.tensor([[1.0, -1.0], [0.5, 0.0]]).reshape(2, 1, 1, 2)
+    x = solution + torch.tensor([[0.1, 0.1], [0.3, 0.3]]).reshape(2, 1, 1, 2)
+    strong, weak, spread = solver_error.errors(x, solution)
+    assert strong == pytest.approx(127.5 * ((0.01 + 0.09) / 2) ** 0.5)
+    gaps = [((1.1**2 - 1) + (0.9**2 - 1)) / 2, ((0.8**2 - 0.5**2) + 0.3**2) / 2]
+    assert weak == pytest.approx(sum(gaps) / 2)
+    assert spread == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
+
+
+def test_errors_fall_with_the_steps(monkeypatch):
+    monkeypatch.setattr(solver_error, 'SOLUTION_STEPS', 32)
+    arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=ddb rk']
+    result = click.testing.CliRunner().invoke(solver_error.main, arguments)
+    assert result.exit_code == 0, result.output
+    header, _, row = result.output.splitlines()
+    assert header == '| strong error; weak error | 4 | 16 |'
+    name, *cells = row.strip('| ').split(' | ')
+    coarse, fine = (float(cell.split(';')[0]) for cell in cells)
+    assert name == 'ddb rk'
+    assert fine < coarse
+
+
+def test_unknown_sampler():
+    result = click.testing.CliRunner().invoke(solver_error.main, ['--sampler=EDM Heun'])
+    assert result.exit_code == 2
+    assert "--sampler='EDM Heun' is not one of: k-diffusion dpmpp_2m_sde" in result.output
