@@ -23,7 +23,7 @@ from images.pictures import contact_sheet
 from sampler_2nd import ito_taylor_sampler
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from training import run_state
+from training import run_options, run_state
 from training.training_loop import split_batch, training_loop
 
 ARCHS: dict[str, dict[str, Any]] = {
@@ -296,6 +296,7 @@ def main(**kwargs):
     config = make_config(opts, dataset, state)
     _check_resolution(config)
     _print_config(config, opts, dataset, run_dir, device)
+    _on_rank0(partial(_compare_options, config))
     if opts.dry_run:
         dist.print0('Dry run; exiting.')
         return
@@ -362,11 +363,26 @@ def _on_rank0(choose: Callable[[], Any]) -> Any:
 
 def _choose_seed(state: str | None) -> int:
     """That of the run whose state goes on, so that the data order does; else a random one."""
-    if state is not None:
-        options = os.path.join(os.path.dirname(state), 'training_options.json')
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(options) as file:
-            return int(json.load(file)['seed'])
+    before = run_options.beside(state) if state is not None else None
+    if before is not None and isinstance(before.get('seed'), int):
+        return before['seed']
     return int.from_bytes(os.urandom(4), 'little') % 2**31
+
+
+def _compare_options(config: dict[str, Any]) -> None:
+    """Say what is not as in the run that goes on; refuse what its state does not fit."""
+    state = config.get('resume_state_dump')
+    before = run_options.beside(state) if state is not None else None
+    if before is None:
+        return
+    fixed, free = run_options.compare(before, config)
+    if fixed:
+        raise click.ClickException(
+            f'{state} is of another network: {", ".join(fixed)}; give the options of that run, as '
+            f'{run_options.NAME} beside it has them, or start a new one in another --outdir'
+        )
+    if free:
+        print(f'Changed since {state}: {", ".join(free)}')
 
 
 def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
@@ -374,8 +390,7 @@ def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
     log: contextlib.AbstractContextManager = contextlib.nullcontext()
     if dist.get_rank() == 0:
         os.makedirs(run_dir, exist_ok=True)
-        with dnnlib.util.atomic_write(os.path.join(run_dir, 'training_options.json')) as file:
-            file.write(json.dumps({**config, 'run_dir': run_dir}, indent=2).encode())
+        run_options.save(run_dir, config)
         log = dnnlib.util.Logger(file_name=os.path.join(run_dir, 'log.txt'), file_mode='a')
     with log:
         try:

@@ -95,7 +95,7 @@ def test_the_same_command_again_goes_on(data, finished, tmp_path, monkeypatch):
 
 
 def test_the_seed_goes_on_too(data, copied):
-    config = dry_run(data, copied, '--nosubdir')
+    config = dry_run(data, copied, '--nosubdir', '--augment=0')
     assert '"seed": 1,' in config
     assert '"resume_kimg": 2,' in config
     assert f'"resume_state_dump": "{copied}/training-state-000002.pt"' in config
@@ -146,13 +146,37 @@ def test_a_damaged_state_is_told_and_the_one_before_taken(data, copied, capsys, 
 
 
 def test_a_state_of_something_else_is_refused(data, copied):
+    options = copied / 'training_options.json'
+    before = options.read_text()
+    other = train_here(data, copied, '--duration=0.003', '--cbase=16', '--lr=1e-4', '--precond=vp')
+    assert other.exit_code == 1
+    message = other.stderr
+    assert f'{copied}/training-state-000002.pt is of another network' in message
+    assert 'class_name: training.networks.EDMPrecond → training.networks.VPPrecond' in message
+    assert 'model_channels: 8 → 16' in message
+    assert 'lr:' not in message
+    assert options.read_text() == before
+    options.unlink()  # a state that someone moved
     other = train_here(data, copied, '--duration=0.003', '--cbase=16')
     assert other.exit_code == 1
     assert 'does not fit this run' in other.output
+    options.write_text(before)
     torch.save({'weights': torch.zeros(1)}, copied / 'training-state-000002.pt')
     no_state = train_here(data, copied, '--duration=0.003')
     assert no_state.exit_code == 1
     assert 'is not the state of a training run' in no_state.output
+
+
+def test_what_a_run_that_goes_on_does_otherwise_is_told(data, copied):
+    run = dry_run(
+        data, copied, '--nosubdir', '--batch=16', '--augment=0', '--workers=0', '--tick=1', '--dump=1', '--lr=1e-4'
+    )
+    [line] = [line for line in run.splitlines() if line.startswith('Changed since')]
+    assert line.startswith(f'Changed since {copied}/training-state-000002.pt: ')
+    assert 'lr: 0.001 → 0.0001' in line
+    assert 'total_kimg: 2 → 200000' in line
+    assert 'kimg_per_tick' not in line
+    assert 'resume_kimg' not in line
 
 
 # ----------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def _train(trainer: 'Trainer', outputs: 'Outputs', interrupts: Interrupts) -> No
             path = outputs.save_state()
             dist.print0(f'\nStopped by {interrupts.received or "request"} at {run.cur_nimg / 1000:.1f} kimg.')
             dist.print0(f'The state is in {path}; continue with the same options and --resume={path}')
+            dist.print0('With --nosubdir the same command will do.')
             return
         if done or run.tick_is_over(config.kimg_per_tick):
             outputs.end_tick(done)
