@@ -33,6 +33,7 @@ def features_of(
     batch: int = 64,
     skip_broken: bool = False,
     workers: int = DEFAULT_WORKERS,
+    title: str = 'Images',
 ) -> FeatureSet:
     """Pass the chosen images through the detector, each once, spread over all processes."""
     result = FeatureSet(detector, device, keep)
@@ -47,7 +48,7 @@ def features_of(
         prefetch_factor=2 if workers else None,
     )
     broken = 0
-    for items in tqdm(loader, unit='batch', desc=f'{len(chosen)} images', disable=dist.get_rank() != 0):
+    for items in tqdm(loader, unit='batch', desc=f'{title}: {len(chosen)}', disable=dist.get_rank() != 0):
         good = [(position, image) for position, image, problem in items if not problem]
         for _, _, problem in items:
             if problem and not skip_broken:
@@ -123,18 +124,16 @@ def open_reference(ref: str, detector: str | None, device: torch.device, **optio
     if os.path.isdir(ref) or ref.lower().endswith('.zip'):
         loaded = load_detector(detector or INCEPTION, device)
         files = ImageFiles([ref])
-        reference = features_of(files, np.arange(len(files)), loaded, device, **options).reference()
+        say(f'{ref} is measured anew in each run; `fid.py ref` keeps its statistics')
+        measured = features_of(files, np.arange(len(files)), loaded, device, title='Reference images', **options)
+        reference = measured.reference()
         reference.name = ref
         return reference, loaded
     return measure.open_statistics(ref, detector, device)
 
 
-def cached_features(
-    path: str | None, note: dict[str, Any], detector: Detector, device: torch.device
-) -> FeatureSet | None:
-    """The features in a file that an earlier run wrote; None if it is to be written now."""
-    if path is None or not os.path.exists(path):
-        return None
+def cached_features(path: str, note: dict[str, Any], detector: Detector, device: torch.device) -> FeatureSet:
+    """The features in a file that an earlier run wrote."""
     with np.load(path, allow_pickle=False) as archive:
         before, features = json.loads(str(archive['note'])), archive['features']
     differing = [f'{key} {before.get(key)!r}' for key in note if before.get(key) != note[key]]
@@ -255,17 +254,18 @@ def calc(
         if features and ranges > 1:
             raise click.UsageError('--features keeps one set of images, and so does not go with --ranges')
         keep = measure.needs_features(names) or features is not None
+        kept = features is not None and os.path.exists(features)
+        files = None if kept else ImageFiles(images)
+        chosen = [] if files is None else choose_images(files, num, seed, ranges)  # before the reference takes its time
         reference, detector = open_reference(ref, detector, device, keep=keep, **reading)
         measure.check_comparable(detector, reference, names, force)
         note = {'detector': detector.name, 'weights_sha256': detector.weights_sha256, 'resize': detector.resize}
         note |= {'images': list(images), 'num': num, 'seed': seed}
-        cached = cached_features(features, note, detector, device)
-        sets = [cached] if cached else []
-        if not cached:
-            files = ImageFiles(images)
-            for chosen in choose_images(files, num, seed, ranges):
-                sets.append(features_of(files, chosen, detector, device, keep, **reading))
-        if features and not cached and dist.get_rank() == 0:
+        if files is None:
+            sets = [cached_features(features, note, detector, device)]
+        else:
+            sets = [features_of(files, each, detector, device, keep, **reading) for each in chosen]
+        if features and not kept and dist.get_rank() == 0:
             keep_features(features, note, sets[0])
         for text in measure.warnings(sets[0], reference):
             say(f'Warning: {text}')

@@ -72,7 +72,8 @@ def kernel_distance(
     The mean over subsets of min(subset_size, n) vectors of each set, drawn without replacement, of the unbiased
     estimate Σ_{i≠j} k(xᵢ, xⱼ)/(m(m−1)) + the same for y − 2 Σ k(xᵢ, yⱼ)/m². It may be negative. The error is the
     standard deviation over the subsets by √num_subsets, as is usual: it tells of the choice of subsets, not of the
-    choice of images. Bińkowski et al. 2018 (arXiv 1801.01401).
+    choice of images. Where a subset takes all `features`, it is that of the choice of images, by the jackknife.
+    Bińkowski et al. 2018 (arXiv 1801.01401).
     """
     rng = np.random.RandomState(seed)
     m = min(subset_size, len(features), len(real))
@@ -84,8 +85,25 @@ def kernel_distance(
         y = real[rng.choice(len(real), m, replace=False)]
         within = sum(k.sum() - np.trace(k) for k in (_kernel(x, x), _kernel(y, y))) / (m * (m - 1))
         values.append(within - 2 * _kernel(x, y).mean())
-    error = np.std(values, ddof=1) / math.sqrt(num_subsets) if num_subsets > 1 else 0.0
+    if len(features) == m:
+        error = _jackknife_error(features, real)
+    else:
+        error = np.std(values, ddof=1) / math.sqrt(num_subsets) if num_subsets > 1 else 0.0
     return float(np.mean(values)), float(error)
+
+
+def _jackknife_error(features: np.ndarray, real: np.ndarray) -> float:
+    """Standard error of the kernel distance of m `features` to `real`: √((m−1)/m Σᵢ (θᵢ − θ̄)²), θᵢ without the i-th."""
+    m = len(features)
+    if m < 3:
+        return math.nan
+    within = _kernel(features, features)
+    np.fill_diagonal(within, 0)
+    across = sum(_kernel(features, part).sum(axis=1) for part in np.array_split(real, len(real) // 1000 + 1)) / len(
+        real
+    )
+    left_out = (within.sum() - 2 * within.sum(axis=1)) / ((m - 1) * (m - 2)) - 2 * (across.sum() - across) / (m - 1)
+    return math.sqrt((m - 1) * left_out.var())
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
