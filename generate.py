@@ -32,7 +32,7 @@ from images.output import FORMATS, FirstImages, Output
 from images.progress import progress
 from metrics import measure
 from torch_utils import distributed as dist
-from torch_utils import network_io
+from torch_utils import misc, network_io
 from training.interrupts import Interrupts
 from training.networks import Precond
 
@@ -697,13 +697,13 @@ def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: 
         print(f'The denoised images of {len(frames)} steps, for the first {len(seeds)} seeds, are in {opts.trajectory}')
 
 
-def explain(err: RuntimeError, opts: dnnlib.EasyDict) -> str | None:
+def explain(err: Exception, opts: dnnlib.EasyDict) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
     if opts.compile_net and isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
         return f'--compile: {network_io.one_line(err.inner_exception)}'
-    if isinstance(err, torch.cuda.OutOfMemoryError):
-        return f'out of memory: {str(err).splitlines()[0]} Lower --batch'
-    if dist.lost_peer(err):
+    if misc.is_out_of_memory(err):
+        return f'out of memory: {network_io.one_line(err, 200) or type(err).__name__}; lower --batch'
+    if isinstance(err, RuntimeError) and dist.lost_peer(err):
         return (
             f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is '
             'unreachable; see what that one says. The images drawn are safe: the same command continues'
@@ -831,7 +831,7 @@ def main(**kwargs):
         raise SystemExit(128 + signal.Signals[str(stop)]) from None
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
-    except RuntimeError as err:
+    except (RuntimeError, MemoryError) as err:
         message = explain(err, opts)
         if message is None:
             raise

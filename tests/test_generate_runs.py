@@ -496,6 +496,14 @@ def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch):
     assert len(contents(tmp_path)) == 101
 
 
+def test_a_batch_that_is_too_large_for_the_memory_is_one_line(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, 'to_uint8', lambda images: torch.empty(2**60))
+    outcome = run(f'--network={files / "digits.pkl"}', f'--outdir={tmp_path}', '--steps=1', '--device=cpu')
+    assert outcome.status == 1
+    last = outcome.err.splitlines()[-1]
+    assert re.fullmatch(r'Error: out of memory: .*tried to allocate 4611686018427387904 bytes.*; lower --batch', last)
+
+
 def test_killed_and_continued_with_fewer_processes(files):
     """benchmarks/killed_run.py, small: it compares all files with those of an undisturbed run."""
     command = [sys.executable, str(ROOT / 'benchmarks' / 'killed_run.py'), '--num=64', '--steps=1', '--kills=2']

@@ -1,6 +1,7 @@
 import itertools
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,26 @@ def test_constant_from_a_transform_serves_later_calls():
     assert (value.item(), slope.item()) == (18, 18)
     assert f(x).item() == 18
     assert torch.func.grad(f)(x).tolist() == [7, 11]
+
+
+# ----------------------------------------------------------------------------
+# is_out_of_memory
+
+
+@pytest.mark.parametrize('allocate', [torch.empty, partial(np.empty, dtype=np.uint8), bytes])
+def test_more_memory_than_there_is(allocate):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate(2**60)
+    assert misc.is_out_of_memory(caught.value)
+
+
+def test_out_of_memory_on_a_gpu():
+    assert misc.is_out_of_memory(torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'))
+
+
+@pytest.mark.parametrize('error', [RuntimeError('shapes differ'), OSError('out of memory'), ValueError('bad_alloc')])
+def test_other_errors_are_not_for_lack_of_memory(error):
+    assert not misc.is_out_of_memory(error)
 
 
 # ----------------------------------------------------------------------------

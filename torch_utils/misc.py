@@ -106,6 +106,14 @@ def profiled_function(fn: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
+def is_out_of_memory(err: Exception) -> bool:
+    """Whether a GPU, or the computer, had no memory left: on a CPU, PyTorch raises a plain RuntimeError for that."""
+    if isinstance(err, (torch.cuda.OutOfMemoryError, MemoryError)):  # the former, also as torch.OutOfMemoryError
+        return True
+    causes = 'out of memory', "can't allocate memory", 'not enough memory', 'std::bad_alloc'
+    return isinstance(err, RuntimeError) and any(cause in str(err) for cause in causes)
+
+
 # ----------------------------------------------------------------------------
 # Data order.
 
