@@ -7,6 +7,7 @@ The command line becomes a plain config (`training_options.json`), the config be
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from generate import edm_sampler, generate_images, split_seeds
 from images.pictures import contact_sheet
 from sampler_2nd import ito_taylor_sampler
 from torch_utils import distributed as dist
-from torch_utils import training_stats
-from training import run_options, run_state
+from torch_utils import misc, training_stats
+from torch_utils.network_io import one_line
+from training import networks, run_options, run_state
 from training.training_loop import split_batch, training_loop
 
 ARCHS: dict[str, dict[str, Any]] = {
@@ -98,7 +100,7 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
         config['augment_kwargs'] = {'class_name': 'training.augment.AugmentPipe', 'p': opts.augment, **AUGMENTATIONS}
     config.update(
         total_kimg=max(int(opts.duration * 1000), 1),
-        ema_halflife_kimg=int(opts.ema * 1000),
+        ema_halflife_kimg=int(opts.ema * 1000) or opts.ema * 1000,
         lr_rampup_kimg=opts.lr_rampup * 1000,
         batch_size=opts.batch,
         batch_gpu=opts.batch_gpu,
@@ -113,11 +115,17 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
         seed=opts.seed,
     )
     config.update(samples=opts.samples, plot=opts.plot, tensorboard=opts.tensorboard)
-    if opts.transfer is not None:
+    if opts.transfer is not None or (state is not None and _began_with_transfer(state)):
         config.update(resume_pkl=opts.transfer, ema_rampup_ratio=None)
     if state is not None:
         config.update(resume_kwargs(state))
     return config
+
+
+def _began_with_transfer(state: str) -> bool:
+    """Then the EMA of the run that goes on has no ramp-up."""
+    before = run_options.beside(state) or {}
+    return before.get('ema_rampup_ratio', 0) is None
 
 
 def find_state(resume: str | None, run_dir: str, nosubdir: bool = False) -> str | None:
@@ -127,16 +135,16 @@ def find_state(resume: str | None, run_dir: str, nosubdir: bool = False) -> str 
     --resume, the newest state in `run_dir`: the same command with --nosubdir goes on. Damaged states are passed over.
     """
     if resume is None:
-        return run_state.latest_state(run_dir)
+        return _latest_state(run_dir)
     if resume == 'latest':
         folders = [run_dir] if nosubdir else _runs_like(run_dir)
-        state = next(filter(None, map(run_state.latest_state, folders)), None)
+        state = next(filter(None, map(_latest_state, folders)), None)
         if state is None:
             looked = ', '.join(folders) or f'{os.path.dirname(run_dir)}, which has no run of this name'
             raise click.ClickException(f'--resume=latest: found no training-state-*.pt in {looked}')
         return state
     if os.path.isdir(resume):
-        state = run_state.latest_state(resume)
+        state = _latest_state(resume)
         if state is None:
             raise click.ClickException(f'--resume={resume}: no training-state-*.pt in this folder')
         return state
@@ -145,6 +153,13 @@ def find_state(resume: str | None, run_dir: str, nosubdir: bool = False) -> str 
             f'--resume={resume}: give a training-state-*.pt file, the folder of a run, or the word latest'
         )
     return resume
+
+
+def _latest_state(folder: str) -> str | None:
+    try:
+        return run_state.latest_state(folder)
+    except ValueError as err:
+        raise click.ClickException(str(err)) from None
 
 
 def _runs_like(run_dir: str) -> list[str]:
@@ -211,14 +226,23 @@ class IntList(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, list):
             return value
-        try:
-            return [int(item) for item in value.split(',')]
-        except ValueError:
-            self.fail(f'{value!r} is not a list of integers such as 1,2,2,2', param, ctx)
+        if not re.fullmatch(r' *[1-9][0-9]{0,3} *(, *[1-9][0-9]{0,3} *)*', value):
+            self.fail(f'{value!r} is not a list of positive integers such as 1,2,2,2', param, ctx)
+        return [int(item) for item in value.split(',')]
 
 
-positive = click.FloatRange(min=0, min_open=True)
-fraction = click.FloatRange(min=0, max=1)
+class FiniteRange(click.FloatRange):
+    """A range without infinity, which every comparison lets pass, and without nan."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f'{value!r} is not a finite number', param, ctx)
+        return number
+
+
+positive = FiniteRange(min=0, min_open=True)
+fraction = FiniteRange(min=0, max=1)
 at_least_one = click.IntRange(min=1)
 
 
@@ -238,8 +262,8 @@ at_least_one = click.IntRange(min=1)
 @click.option('--cres',          help='Channel multiples per resolution  [default: by --arch]', metavar='LIST', type=IntList())
 @click.option('--num-blocks',    help='Residual blocks per resolution  [default: by --arch]', metavar='INT', type=at_least_one)
 @click.option('--lr',            help='Learning rate', metavar='FLOAT', type=positive, default=1e-3)
-@click.option('--lr-rampup',     help='Learning rate grows over', metavar='MIMG', type=click.FloatRange(min=0), default=10)
-@click.option('--ema',           help='Half-life of the weight average', metavar='MIMG', type=click.FloatRange(min=0), default=0.5)
+@click.option('--lr-rampup',     help='Learning rate grows over', metavar='MIMG', type=FiniteRange(min=0), default=10)
+@click.option('--ema',           help='Half-life of the weight average', metavar='MIMG', type=FiniteRange(min=0), default=0.5)
 @click.option('--dropout',       help='Dropout probability', metavar='FLOAT', type=fraction, default=0.13)
 @click.option('--augment',       help='Augmentation probability, 0 = off', metavar='FLOAT', type=fraction, default=0.12)
 @click.option('--xflip',         help='Add mirrored images to the dataset', metavar='BOOL', type=bool, default=False)
@@ -261,7 +285,7 @@ at_least_one = click.IntRange(min=1)
 @click.option('--tensorboard',   help='Write events for TensorBoard', metavar='BOOL', type=bool, default=False)
 @click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
 @click.option('--dump',          help='Save the training state every', metavar='TICKS', type=at_least_one, default=500)
-@click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(min=0))
+@click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(0, 2**32 - 1))
 @click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL')
 @click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest')
 @click.option('--trust-pickle',  help='Run the code in the files of --transfer and --resume', is_flag=True)
@@ -295,13 +319,14 @@ def main(**kwargs):
         opts.seed = _on_rank0(partial(_choose_seed, state))
     config = make_config(opts, dataset, state)
     _check_resolution(config)
+    _check_network(config, dataset)
     _print_config(config, opts, dataset, run_dir, device)
     _on_rank0(partial(_compare_options, config))
     if opts.dry_run:
         dist.print0('Dry run; exiting.')
         return
 
-    dist.barrier()  # all ranks have read the names in --outdir before one adds to them
+    _on_rank0(partial(_make_run_dir, run_dir, config))  # once all ranks have read the names in --outdir
     _train(config, run_dir, device)
 
 # fmt: on
@@ -314,7 +339,9 @@ def _check_options(opts: dnnlib.EasyDict) -> None:
             raise click.ClickException(f'--{one} and --{other} exclude each other')
     for option, package, extra in [('tensorboard', 'tensorboard', 'tensorboard'), ('plot', 'matplotlib', 'plot')]:
         if opts[option] and importlib.util.find_spec(package) is None:
-            raise click.ClickException(f'--{option} needs {package}: pip install "dmsde2[{extra}]"')
+            raise click.ClickException(f'--{option} needs {package}: pip install -e ".[{extra}]"')
+    if opts.desc and not re.fullmatch(r'[\w.+=,-]{1,100}', opts.desc):
+        raise click.ClickException(f'--desc={opts.desc!r}: letters, digits and ._+=,- only, at most 100 of them')
 
 
 def _open_dataset(opts: dnnlib.EasyDict) -> Any:
@@ -330,9 +357,10 @@ def _open_dataset(opts: dnnlib.EasyDict) -> Any:
         raise click.ClickException(f'--data: {err}') from None
     _, height, width = dataset.image_shape
     if height != width:
+        size = 2 ** int(math.log2(min(height, width)))
         raise click.ClickException(
-            f'--data={opts.data}: images are {width}x{height}, not square; '
-            f'dataset_tool.py --transform=center-crop --resolution={height}x{height} makes them so'
+            f'--data={opts.data}: images are {width}x{height}, not square; dataset_tool.py --source={opts.data} '
+            f'--dest=FILE.zip --transform=center-crop --resolution={size}x{size} makes a dataset of square ones'
         )
     return dataset
 
@@ -345,6 +373,24 @@ def _check_resolution(config: dict[str, Any]) -> None:
             f'--data: images of {resolution}x{resolution} cannot be halved {halvings} times; give fewer channel '
             f'multiples (--cres=1,2), or resize with dataset_tool.py to a multiple of {2**halvings}'
         )
+
+
+def _check_network(config: dict[str, Any], dataset: Any) -> None:
+    """Build and run the U-Net without numbers."""
+    size, channels, labels = dataset.resolution, dataset.num_channels, dataset.label_dim
+    kwargs = {**config['network_kwargs'], 'img_resolution': size, 'label_dim': labels}
+    kwargs |= {'in_channels': channels, 'out_channels': channels}
+    unet = getattr(networks, kwargs.pop('model_type'))
+    del kwargs['class_name'], kwargs['use_fp16']
+    try:
+        with torch.device('meta'), torch.no_grad():
+            unet(**kwargs)(torch.empty(1, channels, size, size), torch.ones(1), torch.empty(1, labels))
+    except (RuntimeError, ValueError, ArithmeticError) as err:
+        given = {name: config['network_kwargs'].get(name) for name in ('model_channels', 'channel_mult', 'num_blocks')}
+        raise click.ClickException(
+            f'no network has --cbase={given["model_channels"]}, --cres={given["channel_mult"]}: {one_line(err, 150)}; '
+            'multiples of 32 always do for --cbase'
+        ) from None
 
 
 def _on_rank0(choose: Callable[[], Any]) -> Any:
@@ -385,28 +431,41 @@ def _compare_options(config: dict[str, Any]) -> None:
         print(f'Changed since {state}: {", ".join(free)}')
 
 
-def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
-    """The run, with its options and its log in `run_dir`; what goes wrong becomes one line, in the log as well."""
-    log: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if dist.get_rank() == 0:
+def _make_run_dir(run_dir: str, config: dict[str, Any]) -> None:
+    """The folder with the options and a log that can be written; what a killed run had half written goes."""
+    try:
         os.makedirs(run_dir, exist_ok=True)
+        for name in os.listdir(run_dir):
+            if name.startswith('.tmp_'):
+                os.unlink(os.path.join(run_dir, name))
         run_options.save(run_dir, config)
-        log = dnnlib.util.Logger(file_name=os.path.join(run_dir, 'log.txt'), file_mode='a')
-    with log:
+        with open(os.path.join(run_dir, 'log.txt'), 'a'):
+            pass
+    except OSError as err:
+        raise click.ClickException(f'cannot write to the run directory {run_dir}: {err}') from None
+
+
+def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
+    """The run, with its log in `run_dir`; what goes wrong becomes one line, in the log as well."""
+    log_file = os.path.join(run_dir, 'log.txt') if dist.get_rank() == 0 else None
+    with dnnlib.util.Logger(log_file, 'a') if log_file else contextlib.nullcontext():
         try:
             training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device))
-        except (OSError, ValueError, RuntimeError) as err:
+            return
+        except (OSError, ValueError, RuntimeError, MemoryError) as err:
             message = explain(err)
             if message is None:
                 raise
-            click.ClickException(message).show()
-            raise SystemExit(1) from None
+    if log_file is not None:
+        with contextlib.suppress(OSError), open(log_file, 'a', encoding='utf-8') as file:
+            file.write(f'Error: {message}\n')
+    raise click.ClickException(message)
 
 
 def explain(err: Exception) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
-    if isinstance(err, torch.cuda.OutOfMemoryError):
-        return f'out of memory: {str(err).splitlines()[0]} Lower --batch-gpu, which changes nothing but the speed'
+    if misc.is_out_of_memory(err):
+        return f'out of memory: {one_line(err, 200)}; lower --batch-gpu, which changes nothing but the speed'
     if not isinstance(err, RuntimeError):
         # From a loading process the error comes with a traceback, and what it says in the last line.
         return (str(err).strip() or type(err).__name__).splitlines()[-1].removeprefix('OSError: ')

@@ -222,25 +222,38 @@ class Logger(io.TextIOBase):
         if isinstance(text, bytes):
             text = text.decode('utf-8', errors='replace')
         if text:
-            for stream in self._streams():
-                stream.write(text)
+            self.stdout.write(text)
+            with self._giving_up_the_file():
+                if self.file is not None:
+                    self.file.write(text)
             if self.should_flush:
                 self.flush()
         return size
 
     def flush(self) -> None:
-        for stream in self._streams():
-            stream.flush()
+        self.stdout.flush()
+        with self._giving_up_the_file():
+            if self.file is not None:
+                self.file.flush()
 
-    def _streams(self) -> list[TextIO]:
-        return [self.stdout] if self.file is None else [self.stdout, self.file]
+    @contextlib.contextmanager
+    def _giving_up_the_file(self) -> Iterator[None]:
+        """A full disk is an error once; what is printed after it goes to stdout only."""
+        try:
+            yield
+        except OSError as err:
+            file, self.file = cast(TextIO, self.file), None
+            with contextlib.suppress(OSError):
+                file.close()
+            raise OSError(f'cannot write {file.name}: {err}') from err
 
     def close(self) -> None:
         """Give stdout and stderr back and close the file. Whoever kept this object still writes to stdout with it."""
         for name, before in [('stdout', self.stdout), ('stderr', self.stderr)]:
             if getattr(sys, name) is self:  # else a later Logger stands there, which will give back this one
                 setattr(sys, name, before)
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        with self._giving_up_the_file():
+            if self.file is not None:
+                self.file.close()
+                self.file = None
         super().close()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import PIL.Image
@@ -22,7 +23,7 @@ import generate
 import train
 from images import pictures
 from torch_utils import distributed, misc, network_io
-from training import networks, progress, run_state, training_loop
+from training import interrupts, networks, progress, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 900  # seconds: a loaded machine is no failure
@@ -145,6 +146,17 @@ def test_a_damaged_state_is_told_and_the_one_before_taken(data, copied, capsys, 
     assert 'Traceback' not in run.output
 
 
+def test_damaged_states_alone_start_nothing(data, copied, tmp_path):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    for path in copied.glob('*.pt'):
+        truncate(path)
+    for options in ([], [f'--resume={copied}'], ['--resume=latest']):
+        run = train_here(data, copied, '--duration=0.003', *options)
+        assert run.exit_code == 1, options
+        assert f'all 2 training states in {copied} are damaged; delete them to start anew' in run.output
+    assert all(path.suffix == '.pt' or path.read_bytes() == before[path.name] for path in copied.iterdir())
+
+
 def test_a_state_of_something_else_is_refused(data, copied):
     options = copied / 'training_options.json'
     before = options.read_text()
@@ -165,6 +177,22 @@ def test_a_state_of_something_else_is_refused(data, copied):
     no_state = train_here(data, copied, '--duration=0.003')
     assert no_state.exit_code == 1
     assert 'is not the state of a training run' in no_state.output
+    with zipfile.ZipFile(copied / 'training-state-000002.pt', 'w') as archive:
+        archive.writestr('readme.txt', 'no tensors')
+    no_state = train_here(data, copied, '--duration=0.003')
+    assert no_state.exit_code == 1
+    assert 'is not the state of a training run' in no_state.output
+    assert '--trust-pickle' not in no_state.output
+
+
+@pytest.mark.parametrize('change', [{'elapsed_sec': float('nan')}, {'cur_nimg': 'many'}, {'net': 5}, {'rng': None}])
+def test_a_state_with_odd_content_is_refused(data, copied, change):
+    path = copied / 'training-state-000002.pt'
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    run = train_here(data, copied, '--duration=0.003')
+    assert run.exit_code == 1
+    assert f'{path} does not fit this run' in run.output
+    assert 'Traceback' not in run.output
 
 
 def test_what_a_run_that_goes_on_does_otherwise_is_told(data, copied):
@@ -257,6 +285,50 @@ def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
     assert torch.load(state, weights_only=True)['cur_nimg'] > 0
 
 
+def test_a_stop_at_the_end_of_a_tick_finishes_the_tick(data, tmp_path, monkeypatch):
+    step = training_loop.Trainer.step
+    monkeypatch.setattr(training_loop.Trainer, 'step', lambda self: (step(self), signal.raise_signal(signal.SIGTERM)))
+    run = train_here(data, tmp_path, '--duration=0.003', '--batch=1000', '--snap=1')
+    assert run.exit_code == 0, run.output
+    assert 'Stopped by SIGTERM at 1.0 kimg' in run.output
+    assert (tmp_path / 'network-snapshot-000001.pkl').exists()
+    assert len((tmp_path / 'stats.jsonl').read_text().splitlines()) == 1
+
+
+def test_a_repeated_signal_ends_a_run_only_after_a_while(monkeypatch):
+    clock = iter([0.0, 0.5, 1.5])
+    monkeypatch.setattr(interrupts.time, 'monotonic', lambda: next(clock))
+    with interrupts.Interrupts() as noted:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # Ctrl-C, and the launcher passes it on
+        assert noted.received == 'SIGINT'
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_transferred_run_goes_on_with_its_own_average(data, finished, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    start = [f'--transfer={finished}/network-snapshot-000002.pkl', '--ema=0.5']
+    assert train_here(data, whole, *start, '--duration=0.002').exit_code == 0
+    assert train_here(data, parts, *start, '--duration=0.001').exit_code == 0
+    run = train_here(data, parts, f'--resume={parts}', '--ema=0.5', '--duration=0.002')
+    assert run.exit_code == 0, run.output
+    assert_same_state(whole / 'training-state-000002.pt', parts / 'training-state-000002.pt')
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(data, tmp_path):
+    (tmp_path / 'file').touch()
+    run = train_here(data, tmp_path / 'file' / 'run')
+    assert run.exit_code == 1
+    assert run.stderr.splitlines()[-1].startswith(f'Error: cannot write to the run directory {tmp_path}/file/run: ')
+
+
+def test_what_a_killed_run_had_half_written_goes(data, copied):
+    (copied / '.tmp_0_training-state-000003.pt').touch()
+    assert train_here(data, copied, '--duration=0.002').exit_code == 0
+    assert not list(copied.glob('.tmp_*'))
+
+
 def test_a_full_disk_ends_the_run_and_spares_the_files(data, copied):
     resource = pytest.importorskip('resource')
     before = {path.name: path.read_bytes() for path in copied.iterdir() if path.suffix in ('.pt', '.pkl')}
@@ -297,6 +369,17 @@ def test_an_image_of_another_shape_ends_the_run(tmp_path):
     assert f'{tmp_path}: 17.png has shape [1, 16, 16], the first image [1, 8, 8]' in run.output.splitlines()[-1]
 
 
+def test_a_bad_image_ends_loading_processes_at_once(data, tmp_path):
+    for i in range(20):
+        write_png(tmp_path / f'{i:02d}.png', *([8, 8] if i != 17 else [16, 16]))
+    command = [sys.executable, 'train.py', f'--outdir={tmp_path}/out', f'--data={tmp_path}', '--nosubdir', *SMALL]
+    run = subprocess.run([*command, '--workers=2'], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert run.returncode == 1
+    assert '17.png has shape' in run.stderr.splitlines()[-1]
+    assert 'Exception ignored' not in run.stderr
+    assert '17.png has shape' in (tmp_path / 'out' / 'log.txt').read_text()
+
+
 def test_errors_of_loading_processes_are_one_line():
     try:
         raise OSError('x.zip: 17.png has shape …')
@@ -312,7 +395,10 @@ def test_errors_of_loading_processes_are_one_line():
 @pytest.mark.parametrize(
     ('size', 'options', 'message'),
     [
-        ([8, 12], [], 'images are 12x8, not square'),
+        ([8, 12], [], '--transform=center-crop --resolution=8x8'),
+        ([8, 8], ['--cbase=7', '--augment=0.1'], 'no network has --cbase=7, --cres=[1]: '),
+        ([8, 8], ['--desc=../x'], "--desc='../x': letters, digits and ._+=,- only"),
+        ([8, 8], ['--resume=latest', '--desc=a+b'], 'found no training-state-*.pt'),
         ([12, 12], ['--cres=1,1,1,1'], '12x12 cannot be halved 3 times'),
         ([8, 8], ['--fp16=1', '--bf16=1'], '--fp16 and --bf16 exclude each other'),
         ([8, 8], ['--resume=latest'], '--resume=latest: found no training-state-*.pt'),
@@ -333,7 +419,7 @@ def test_missing_extras_are_named(data, tmp_path, monkeypatch, option):
     monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
     run = train_here(data, tmp_path, f'--{option}=1')
     assert run.exit_code == 1
-    assert f'pip install "dmsde2[{option}]"' in run.output
+    assert f'pip install -e ".[{option}]"' in run.output
 
 
 # ----------------------------------------------------------------------------

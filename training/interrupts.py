@@ -3,23 +3,26 @@
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 from torch_utils import distributed as dist
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+IMPATIENCE_SEC = 1  # a repeated signal within it is taken for the same one
 GRACE_SEC = 20  # what is left to a loading process after SIGTERM
 
 
 class Interrupts:
     """Inside the `with` block, SIGINT and SIGTERM end nothing; `received` is the name of the last one, or None.
 
-    In a single process the second one does what it does outside. With several, launchers send each signal twice.
-    Outside the main thread, where Python allows no handlers, all stays as it is.
+    In a single process the second one, a second later or more, does what it does outside. With several, launchers send
+    each signal twice. Outside the main thread, where Python allows no handlers, all stays as it is.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Interrupts':
@@ -32,9 +35,12 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number).name
-        if dist.get_world_size() == 1:
+        if self.received is None:
+            self._first = time.monotonic()
+        elif dist.get_world_size() == 1 and time.monotonic() > self._first + IMPATIENCE_SEC:
             signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
 
 
 def outlast_signals(_worker_id: int) -> None:

@@ -15,7 +15,7 @@ import torch
 import dnnlib
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from training.run_state import Run
+from training.run_state import Run, explain_failed_write
 
 
 class Reporter:
@@ -56,9 +56,18 @@ class Reporter:
             torch.cuda.reset_peak_memory_stats(self._device)
         training_stats.default_collector.update()
         if dist.get_rank() == 0:
-            with open(self.stats_path, 'a') as file:
-                file.write(json.dumps({**training_stats.default_collector.as_dict(), 'timestamp': time.time()}) + '\n')
+            row = json.dumps({**training_stats.default_collector.as_dict(), 'timestamp': time.time()})
+            with explain_failed_write(self.stats_path), open(self.stats_path, 'ab') as file:
+                file.write(f'{self._line_break()}{row}\n'.encode())
         dist.update_progress(run.cur_nimg // 1000, int(self._total_kimg))
+
+    def _line_break(self) -> str:
+        """What ends the last line of stats.jsonl, if a kill has cut it."""
+        if not os.path.getsize(self.stats_path):
+            return ''
+        with open(self.stats_path, 'rb') as file:
+            file.seek(-1, os.SEEK_END)
+            return '' if file.read(1) == b'\n' else '\n'
 
     def _peak_gpu_memory(self, kind: str) -> float:
         """GiB since the last tick; 0 without CUDA."""
@@ -84,8 +93,8 @@ def _peak_cpu_memory() -> int:
 def read_losses(stats_path: str | Path) -> tuple[list[float], list[float]]:
     """(kimg, mean loss per pixel) of each tick. A resumed run repeats ticks: the later line counts."""
     losses = {}
-    for line in Path(stats_path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill has cut
+    for line in Path(stats_path).read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that a kill has cut
             row = json.loads(line)
             losses[row['Progress/kimg']['mean']] = row['Loss/loss']['mean']
     kimg = sorted(losses)

@@ -11,6 +11,7 @@ from torch_utils import network_io
 NAME = 'training_options.json'
 
 _OWN = ('run_dir', 'resume_', 'trust_pickle', 'ema_rampup_ratio')  # of each call; no setting of the run as a whole
+_SECTIONS = ('network_kwargs', 'dataset_kwargs')
 _FREE_OF_NETWORK = ('dropout', 'use_fp16')
 
 
@@ -27,7 +28,8 @@ def beside(state: str) -> dict[str, Any] | None:
             config = json.load(file)
     except (OSError, ValueError):
         return None
-    return config if isinstance(config, dict) else None
+    whole = isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in _SECTIONS)
+    return config if whole else None
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

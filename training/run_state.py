@@ -5,6 +5,7 @@ and Adam's state; with `trust_pickle` it is read as well, together with the snap
 """
 
 import contextlib
+import math
 import os
 import pickle
 import re
@@ -61,9 +62,12 @@ class Run:
 
     def transfer(self, network_pkl: str, trust_pickle: bool = False) -> None:
         """Copy the weights of a network file into net and EMA, name by name."""
-        source = network_io.load_network(network_pkl, trust_pickle)
-        for target in (self.net, self.ema):
-            misc.copy_params_and_buffers(source, target)
+        try:
+            source = network_io.load_network(network_pkl, trust_pickle)
+            for target in (self.net, self.ema):
+                misc.copy_params_and_buffers(source, target)
+        except (OSError, ValueError) as err:
+            raise ValueError(f'cannot start from {network_pkl}: {network_io.one_line(err, 300)}') from err
 
     def save(self, path: str) -> None:
         """Write the state, with the random number generators of all ranks; to be called on every rank."""
@@ -87,7 +91,7 @@ class Run:
                 self._take_edm(content, path, snapshot, trust_pickle)
             else:
                 self._take(content)
-        except (KeyError, RuntimeError, ValueError, AttributeError) as err:
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as err:
             raise ValueError(
                 f'{path} does not fit this run: {network_io.one_line(err, 300)}; '
                 'give the options that are in training_options.json beside it'
@@ -98,6 +102,8 @@ class Run:
         self.ema.load_state_dict(content['ema'])
         self._take_optimizer(content['optimizer'])
         for name in _COUNTERS:
+            if not 0 <= content[name] < math.inf:
+                raise ValueError(f'{name} is {content[name]!r}')
             setattr(self, name, content[name])
         if len(content['rng']) == dist.get_world_size():
             _set_rng_state(content['rng'][dist.get_rank()], next(self.net.parameters()).device)
@@ -138,14 +144,23 @@ def state_kimg(path: str) -> int:
 
 
 def latest_state(folder: str) -> str | None:
-    """The newest state file of a run directory that is not damaged; None if there is none."""
+    """The newest state file of a run directory that is not damaged; None if there are no states.
+
+    Raises:
+        ValueError: all are damaged.
+    """
     names = [name for name in os.listdir(folder) if STATE_NAME.fullmatch(name)] if os.path.isdir(folder) else []
     for name in sorted(names, key=state_kimg, reverse=True):
         path = os.path.join(folder, name)
         damage = find_damage(path)
         if damage is None:
             return path
-        print(f'Warning: {path} is damaged ({damage}); falling back to the state before')
+        print(f'Warning: {path} is damaged ({damage}); passed over')
+    if names:
+        raise ValueError(
+            f'all {len(names)} training states in {folder} are damaged; delete them to '
+            'start anew, or give another --outdir'
+        )
     return None
 
 
@@ -165,17 +180,26 @@ def read_state(path: str, trust_pickle: bool) -> dict[str, Any]:
         raise ValueError(f'{path} is damaged ({damage}); take the state before it, or its folder, which finds that')
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as err:
+    except Exception as err:  # PyTorch raises many kinds for files that are not its own
+        if not isinstance(err, pickle.UnpicklingError) or 'GLOBAL' not in str(err).upper():
+            raise ValueError(f'{path} is not the state of a training run: {network_io.one_line(err, 200)}') from err
         if not trust_pickle:
             raise ValueError(
                 f"{path} holds Python objects, as EDM's own states do; "
                 'if you trust its author, --trust-pickle reads it and runs the code in it'
             ) from err
         dist.print0(f'Warning: --trust-pickle runs the Python code inside {path}')
-        content = torch.load(path, map_location='cpu', weights_only=False)
+        content = _load_trusted(path)
     if not isinstance(content, dict) or not ({*_MODULES, *_COUNTERS, 'rng'} <= content.keys() or _is_edm(content)):
         raise ValueError(f'{path} is not the state of a training run')
     return content
+
+
+def _load_trusted(path: str) -> Any:
+    try:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    except Exception as err:  # its code may raise anything
+        raise ValueError(f'{path} cannot be read: {network_io.one_line(err, 200)}') from err
 
 
 def _is_edm(content: dict[str, Any]) -> bool:
@@ -188,6 +212,8 @@ def explain_failed_write(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as err:  # PyTorch reports a full disk as a RuntimeError
+        if 'DataLoader worker' in str(err):  # raised in whatever the main process does when one dies
+            raise
         reason = err if isinstance(err, OSError) else err.__context__ or err
         raise OSError(
             f'cannot write {path}: {network_io.one_line(reason, 200)}; the files written before are whole: '

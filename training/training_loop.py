@@ -128,14 +128,15 @@ def _train(trainer: 'Trainer', outputs: 'Outputs', interrupts: Interrupts) -> No
     while not done:
         trainer.step()
         done = config.is_done(run.cur_nimg)
-        if stop_asked(interrupts.received is not None or dist.should_stop()) and not done:
-            path = outputs.save_state()
-            dist.print0(f'\nStopped by {interrupts.received or "request"} at {run.cur_nimg / 1000:.1f} kimg.')
-            dist.print0(f'The state is in {path}; continue with the same options and --resume={path}')
-            dist.print0('With --nosubdir the same command will do.')
-            return
+        stopped = stop_asked(interrupts.received is not None or dist.should_stop()) and not done
         if done or run.tick_is_over(config.kimg_per_tick):
             outputs.end_tick(done)
+        if stopped:
+            path = outputs.save_state()
+            dist.print0(f'\nStopped by {interrupts.received or "request"} at {run.cur_nimg / 1000:.1f} kimg.')
+            dist.print0(f'The state is in {path}; continue with the same options and --resume={path} (no --transfer),')
+            dist.print0('or, with --nosubdir, with the same command.')
+            return
 
 
 # ----------------------------------------------------------------------------
@@ -317,10 +318,14 @@ class Trainer:
             worker_init_fn=outlast_signals,
             **self.config.data_loader_kwargs,
         )
-        device = self.config.device
-        for images, labels in loader:
-            images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
-            yield images.to(torch.float32) / 127.5 - 1, labels
+        device, batches = self.config.device, iter(loader)
+        try:
+            for images, labels in batches:
+                images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+                yield images.to(torch.float32) / 127.5 - 1, labels
+        finally:
+            if loader.num_workers:  # now, not when an error that came from one of them has been forgotten
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _distribute(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
