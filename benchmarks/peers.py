@@ -150,7 +150,8 @@ def torchsde_srk(denoise, x, sigmas, noise):
     source = Source()
     for tau, tau_next in itertools.pairwise(taus):
         ends = torch.tensor([tau, tau_next], dtype=x.dtype)
-        y = torchsde.sdeint(Equation(), y, ends, bm=source, method='srk', dt=tau_next - tau)[-1]
+        dt = (tau_next - tau) * (1 + 1e-9)  # one step: rounded down, dt would leave a second one, with noise of its own
+        y = torchsde.sdeint(Equation(), y, ends, bm=source, method='srk', dt=dt)[-1]
     return denoise((y / taus[-1]).reshape(x.shape), torch.tensor(sigmas[-2], dtype=x.dtype))
 
 

@@ -56,6 +56,23 @@ def test_samplers_stay_within_the_evaluations_they_are_charged_for(samplers):
         assert 18 <= sum(calls.values()) <= 20, name
 
 
+@pytest.mark.skipif('torchsde srk' not in peers.available(peers.PEERS), reason='needs torchsde')
+def test_torchsde_takes_one_step_for_each_level():
+    drawn = []
+
+    class Noise:
+        def fresh(self):
+            drawn.append(1)
+            return torch.zeros(1, 1, dtype=torch.float64)
+
+    for levels in range(2, 40):
+        drawn.clear()
+        sigmas = gaussian_fd.sampler_2nd.noise_levels(None, levels, 0.002, 80, 7)
+        x = torch.ones(1, 1, dtype=torch.float64)
+        peers.torchsde_srk(lambda x, sigma: 0 * x, x, [float(sigma) for sigma in sigmas], Noise())
+        assert len(drawn) == 2 * (levels - 1), levels
+
+
 def test_columns_are_brownian_motion():
     """Whatever the order of the questions, increments over parts add up, and have the length of their time."""
     noise = peers.Columns(10, 1)
