@@ -463,7 +463,7 @@ def load_network(
         try:
             loaded.append(network_io.load_network(path, trust_pickle=trust_pickle))
         except (OSError, ValueError) as err:
-            raise ValueError(f'{option}: {err}') from None
+            raise ValueError(f'{option}{"=" if str(err).startswith(path) else ": "}{err}') from None
 
     on_rank0(load)
     net = (loaded[0] if loaded else network_io.load_network(path, trust_pickle=trust_pickle)).to(device)

@@ -29,6 +29,7 @@ _BASELINES = [
     'baseline-cifar10-32x32-uncond-ve',
     'baseline-imagenet-64x64-cond-adm',
 ]
+NETWORKS = [*_EDM_NETWORKS, *_BASELINES]
 _REFERENCES = ['cifar10-32x32', 'ffhq-64x64', 'afhqv2-64x64', 'imagenet-64x64', 'imagenet-64x64-baseline']
 
 PUBLISHED: dict[str, PublishedFile] = {

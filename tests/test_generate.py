@@ -578,7 +578,7 @@ def assert_refused(outcome, outdir, *words):
         (['--gnet={files}/grey.pkl'], ['--gnet', '--guidance']),
         (['--gnet={files}/grey.pkl', '--guidance=nan'], ['--guidance=nan']),
         (['--gnet={files}/grey.pkl', '--guidance=two'], ['--guidance', "'two'"]),
-        (['--gnet={files}/none.pkl', '--guidance=2'], ['--gnet', 'none.pkl', 'No such file']),
+        (['--gnet={files}/none.pkl', '--guidance=2'], ['--gnet={files}/none.pkl: no such file; {files} has ']),
         (['--gnet={files}/rgb.pkl', '--guidance=2'], ['--gnet', 'rgb.pkl', 'img_channels=3', 'img_channels=1']),
         (['--format=jpg'], ['--format', 'npz', 'zip']),
         (['--format=npz', f'--seeds={2**63}'], ['--seeds', '2^63']),
@@ -625,8 +625,8 @@ def assert_refused(outcome, outdir, *words):
         (['--dtype=fp8'], ['--dtype', 'fp16']),
         (['--eta=1'], ['--eta', '--randn_like=ddb', '--S_churn']),
         (['--device=tpu'], ['--device', 'tpu']),
-        (['--network={files}/none.pkl'], ['--network', 'none.pkl', 'No such file']),
-        (['--network={files}'], ['--network', 'directory']),
+        (['--network={files}/none.pkl'], ['--network={files}/none.pkl: no such file; {files} has ']),
+        (['--network={files}'], ['--network={files} is a folder, not a network file; it has ']),
         (['--network=ftp://host/net.pkl'], ['--network', 'ftp://host/net.pkl']),
     ],
 )
@@ -634,7 +634,7 @@ def test_bad_input(network_files, tmp_path, args, words):
     outdir = tmp_path / 'out'
     args = [arg.format(files=network_files) for arg in args]
     outcome = run(f'--outdir={outdir}', f'--network={network_files}/digits.pkl', '--seeds=0-2', '--steps=4', *args)
-    assert_refused(outcome, outdir, *words)
+    assert_refused(outcome, outdir, *(word.format(files=network_files) for word in words))
 
 
 def test_outdir_is_required():

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -24,6 +25,7 @@ import safetensors.torch
 import torch
 from attacks import Reduced, Stored, meta_of, named, text
 
+from dnnlib.published import NETWORKS
 from torch_utils import network_io, network_pickle, persistence
 from torch_utils.network_io import NetworkFileError
 from training import augment, loss, networks
@@ -365,9 +367,12 @@ def test_inspect_what_is_no_network(path, content):
 
 
 def test_inspect_nothing(tmp_path):
-    result = tool('inspect', tmp_path / 'absent.pkl')
-    assert result.exit_code == 2
-    assert result.output.startswith('Error: [Errno 2]')
+    for name, problem in [
+        ('absent.pkl', ': no such file'),
+        ('', ' is a folder, not a network file; it has no network files'),
+    ]:
+        result = tool('inspect', tmp_path / name)
+        assert (result.exit_code, result.output) == (2, f'Error: {tmp_path / name}{problem}\n')
 
 
 # ----------------------------------------------------------------------------
@@ -705,8 +710,26 @@ def test_noise(small_file, noise):
     refused(b'\x80\x04' + noise, small_file[2])
 
 
-def test_errors_of_opening_pass_through(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        network_io.load_network(str(tmp_path / 'none.pkl'))
-    with pytest.raises(IsADirectoryError):
-        network_io.load_network(str(tmp_path))
+def error_of_opening(path):
+    with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+        network_io.load_network(str(path))
+    return str(caught.value).removeprefix(str(path))
+
+
+def test_a_missing_file_and_what_is_in_its_folder(tmp_path):
+    assert error_of_opening(tmp_path / 'none.pkl') == ': no such file'
+    assert error_of_opening(tmp_path / 'x' / 'none.pkl') == f': no such file; there is no folder {tmp_path / "x"}'
+    assert error_of_opening(tmp_path) == ' is a folder, not a network file; it has no network files'
+    for age, name in enumerate(['c.pkl', 'b.safetensors', 'state.pt', '.tmp.pkl', 'a.pkl', 'd.pkl']):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10**9, 10**9 - age))
+    there = 'c.pkl, b.safetensors, a.pkl and 1 older'
+    assert error_of_opening(tmp_path / 'none.pkl') == f': no such file; {tmp_path} has {there}'
+    assert error_of_opening(tmp_path) == f' is a folder, not a network file; it has {there}'
+    assert error_of_opening(f'file://{tmp_path}/none.pkl') == f': no such file; {tmp_path} has {there}'
+
+
+def test_a_missing_name_and_those_that_are_known():
+    assert error_of_opening('my-network') == f': no such file; known names are {", ".join(NETWORKS)}'
+    similar = 'edm-ffhq-64x64-uncond-vp, edm-ffhq-64x64-uncond-ve, edm-afhqv2-64x64-uncond-vp'
+    assert error_of_opening('edm-ffhq-64x64-uncond') == f': no such file; known names are {similar}'

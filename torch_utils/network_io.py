@@ -12,10 +12,12 @@ network has this project's code, forward-mode derivatives included. `save_networ
 """
 
 import copy
+import difflib
 import hashlib
 import inspect as python_inspect
 import json
 import math
+import os
 import pickle
 import struct
 import sys
@@ -30,6 +32,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dnnlib
+from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
 from torch_utils import network_pickle, safe_pickle
 from torch_utils.network_pickle import StoredNetwork
@@ -45,6 +48,7 @@ KNOWN_SOURCES = {
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
 }
 
+ENDINGS = ('.pkl', '.safetensors')
 MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
 MAX_LIST = 64
 _METADATA_KEY = 'network'
@@ -68,12 +72,11 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
 
     Raises:
         NetworkFileError: not a network file, or not of a known class, or the weights do not fit the class.
-        OSError: the file cannot be opened or downloaded.
+        OSError: the file cannot be opened or downloaded; the message names what is there instead.
     """
     if trust_pickle:
         _check_pinned(path_or_url)
-    with dnnlib.util.open_url(path_or_url, verbose=True) as file:
-        data = file.read()
+    data = read_bytes(path_or_url)
     try:
         if trust_pickle and not _is_safetensors(data):
             net = _load_trusted(data, path_or_url)
@@ -84,6 +87,38 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
     except ValueError as err:
         raise NetworkFileError(f'{path_or_url}: {one_line(err)}') from None
     return net.eval().requires_grad_(False)
+
+
+def read_bytes(path_or_url: str) -> bytes:
+    """The content of a network file. Raises what `load_network` does where it cannot be opened."""
+    try:
+        with dnnlib.util.open_url(path_or_url, verbose=True) as file:
+            return file.read()
+    except FileNotFoundError as err:
+        raise FileNotFoundError(f'{path_or_url}: no such file{_instead_of(Path(err.filename))}') from None
+    except OSError as err:
+        if err.filename is None or not os.path.isdir(err.filename):
+            raise
+        there = _networks_in(Path(err.filename)) or 'no network files'
+        raise IsADirectoryError(f'{path_or_url} is a folder, not a network file; it has {there}') from None
+
+
+def _instead_of(path: Path) -> str:
+    """What may have been meant by a name that no file has; '' if nothing comes to mind."""
+    if path.name == str(path) and path.suffix not in ENDINGS:
+        return f'; known names are {", ".join(difflib.get_close_matches(path.name, NETWORKS) or NETWORKS)}'
+    if not path.parent.is_dir():
+        return f'; there is no folder {path.parent}'
+    there = _networks_in(path.parent)
+    return f'; {path.parent} has {there}' if there else ''
+
+
+def _networks_in(folder: Path, num: int = 3) -> str:
+    """The newest network files of a folder, the latest first; '' if it has none."""
+    files = [file for file in folder.iterdir() if file.suffix in ENDINGS and not file.name.startswith('.')]
+    newest = sorted(files, key=lambda file: (file.stat().st_mtime, file.name), reverse=True)
+    names = ', '.join(file.name for file in newest[:num])
+    return f'{names} and {len(files) - num} older' if len(files) > num else names
 
 
 def read_network(data: bytes, unknown: Callable[..., Any] = network_pickle.refuse_name) -> StoredNetwork:
@@ -388,8 +423,7 @@ class _CannotRead(click.ClickException):
 
 def _read_or_exit(file: str) -> bytes:
     try:
-        with dnnlib.util.open_url(file) as opened:
-            return opened.read()
+        return read_bytes(file)
     except (OSError, ValueError) as err:
         raise _CannotRead(err) from None
 
