@@ -348,6 +348,12 @@ def test_sixteen_bits(path):
     assert_refused(write(path, {'0.png': png(image)}), r'0.png has u?int(16|32) pixels', use_pyspng=False)
 
 
+@pytest.mark.parametrize('channels', [2, 4])
+def test_transparency(path, channels):
+    write(path, {'0.png': png(np.zeros([4, 4, channels], np.uint8))})
+    assert_refused(path, f'0.png has {channels} channels, not 1 or 3; dataset_tool.py takes out transparency')
+
+
 @pytest.mark.parametrize(
     'json_text',
     [
@@ -364,6 +370,7 @@ def test_sixteen_bits(path):
         '{"labels": [["0.png", NaN], ["1.png", 1]]}',
         '{"labels": [["0.png", [1]], ["1.png", [1, 2]]]}',
         '{"labels": [["0.png", [1]], ["1.png", 1]]}',
+        '{"labels": [["0.png", [1]], ["1.png", [Infinity]]]}',
         '{"labels": [["0.png", [[1]]], ["1.png", [[1]]]]}',
     ],
 )

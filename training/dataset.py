@@ -186,6 +186,11 @@ class ImageFolderDataset(Dataset):
             raise OSError(f'{self._files.path}: cannot read {name}: {err}') from err
         if image.dtype != np.uint8:
             raise OSError(f'{self._files.path}: {name} has {image.dtype} pixels, not uint8')
+        channels = 1 if image.ndim == 2 else image.shape[2]
+        if channels not in (1, 3):
+            raise OSError(
+                f'{self._files.path}: {name} has {channels} channels, not 1 or 3; dataset_tool.py takes out transparency'
+            )
         return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)
 
 

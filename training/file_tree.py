@@ -76,12 +76,15 @@ class FileTree:
         if 'dataset.json' not in self.names:
             return None
         try:
-            labels = json.loads(self.read('dataset.json'))['labels']
+            content = json.loads(self.read('dataset.json'))
+            if not isinstance(content, dict) or 'labels' not in content:
+                raise ValueError('it has no entry "labels"')
+            labels = content['labels']
             if labels is None:
                 return None
             labels = dict(labels)
             label_array(list(labels.values()))
-        except (*DAMAGED, KeyError, TypeError) as err:
+        except (*DAMAGED, TypeError) as err:
             raise OSError(f'{self.path}: bad labels in dataset.json: {err}') from err
         return labels
 
@@ -131,10 +134,10 @@ def open_image(data: bytes) -> PIL.Image.Image:
 def label_array(labels: list[Any]) -> np.ndarray:
     """Class numbers as int64 [N], lists of numbers as float32 [N,K]; ValueError for anything else."""
     array = np.array(labels, dtype=np.float64)
-    if array.ndim == 2:
+    if array.ndim == 2 and np.isfinite(array).all():
         return array.astype(np.float32)
     if array.ndim != 1 or not ((array >= 0) & (array < 2**31) & (array == np.round(array))).all():
-        raise ValueError('labels are class numbers 0, 1, 2, … or lists of numbers, all of one length')
+        raise ValueError('labels are class numbers 0, 1, 2, … or lists of finite numbers, all of one length')
     return array.astype(np.int64)
 
 
