@@ -282,14 +282,14 @@ class Resolution(click.ParamType):
     name = 'WxH'
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r'([1-9]\d*)[x,]([1-9]\d*)', value, re.ASCII)
+        match = re.fullmatch(r'([1-9]\d*)(?:[x,]([1-9]\d*))?', value, re.ASCII)
         if match is None:
-            self.fail(f'{value!r} is not like 64x64 or 64,64', param, ctx)
-        return int(match[1]), int(match[2])
+            self.fail(f'{value!r} is not like 64x64, 64,64 or 64', param, ctx)
+        return int(match[1]), int(match[2] or match[1])
 
 
-def choose_transform(transform: str | None, resolution: tuple[int, int] | None) -> Transform:
-    if transform is None:
+def choose_transform(transform: str, resolution: tuple[int, int] | None) -> Transform:
+    if transform == 'none':
         return resize
     if resolution is None:
         raise click.ClickException(f'--transform={transform} needs --resolution, for example --resolution=64x64')
@@ -298,11 +298,27 @@ def choose_transform(transform: str | None, resolution: tuple[int, int] | None) 
     return TRANSFORMS[transform]
 
 
+def check_resolution(width: int, height: int, transform: str, any_size: bool) -> None:
+    """Whether results of this size can be a dataset; center-crop-wide makes squares of any height."""
+    given = f'--resolution={width}x{height}'
+    if width != height and transform != 'center-crop-wide':
+        raise click.ClickException(f'{given} is not square; use --resolution={width}x{width}')
+    if width & (width - 1) and not any_size:
+        side = nearest_power_of_two(width)
+        nearest = f'--resolution={side}x{round(height * side / width)}'
+        raise click.ClickException(f'{given}: {width} is not a power of two; use {nearest}, or --any-size to allow it')
+
+
+def nearest_power_of_two(n: int) -> int:
+    below = 1 << (n.bit_length() - 1)
+    return min(below, 2 * below, key=lambda power: abs(power - n))
+
+
 def make(
     source: str,
     dest: str,
     max_images: int | None,
-    transform: str | None,
+    transform: str,
     resolution: tuple[int, int] | None,
     resume: bool,
     dry_run: bool,
@@ -310,16 +326,21 @@ def make(
 ) -> None:
     """Make a dataset, or see whether one could be made."""
     convert_image = functools.partial(convert, transform=choose_transform(transform, resolution), size=resolution)
+    if resolution:
+        check_resolution(*resolution, transform, options['any_size'])
     if not dry_run:
         check_dest(dest, resume)
     samples = open_source(source, max_images)
     if dry_run:
         return look(samples, convert_image, **options)
     size = f'{resolution[0]}x{resolution[1]}' if resolution else 'as it is'
-    record = {'source': source, 'images': samples[0], 'transform': transform or 'none', 'resolution': size}
+    record = {'source': source, 'images': samples[0], 'transform': transform, 'resolution': size}
+    replaces = os.path.exists(dest) and dest.endswith('.zip')
     with zip_writer(dest) if dest.endswith('.zip') else folder_writer(dest, record, resume) as writer:
         report = write_dataset(samples, convert_image, writer, **options)
     click.echo(summary(report))
+    if replaces:
+        click.echo(f'Replaced {dest}')
 
 
 def look(samples: Samples, convert_image: Callable[[Raw], Converted], skip_broken: bool, **options: Any) -> None:
@@ -390,10 +411,22 @@ Examples:
 
 @click.command(help=HELP, context_settings={'max_content_width': 120})
 @click.option('--source', metavar='SOURCE', help='Where the raw images are (see above)')
-@click.option('--dest', metavar='FOLDER|ZIP', help='Dataset to write; a folder must be new or empty')
+@click.option(
+    '--dest',
+    metavar='FOLDER|ZIP',
+    help='Dataset to write; a folder must be new or empty; a zip is replaced once the new one is complete',
+)
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Read so many images  [default: all]')
-@click.option('--transform', metavar='NAME', type=click.Choice(list(TRANSFORMS)), help='How to crop  [default: none]')
-@click.option('--resolution', metavar='WxH', type=Resolution(), help='Size of the result, or W,H  [default: as it is]')
+@click.option(
+    '--transform',
+    metavar='NAME',
+    type=click.Choice(['none', *TRANSFORMS]),
+    default='none',
+    help='How to crop  [default: none]',
+)
+@click.option(
+    '--resolution', metavar='WxH', type=Resolution(), help='Size of the result: 64x64, or 64  [default: as it is]'
+)
 @click.option('--any-size', is_flag=True, help='Allow sides that are not a power of two')
 @click.option('--skip-broken', is_flag=True, help='Leave out images that cannot be used, and name them')
 @click.option(

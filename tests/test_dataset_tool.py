@@ -407,6 +407,13 @@ def test_an_old_archive_survives_an_error(source):
     assert (source.parent / 'old.zip').read_bytes() == b'old'
 
 
+def test_a_replaced_archive_is_named(source):
+    write(source, {'0.png': png(noise(4, 4))})
+    path = source.parent / 'old.zip'
+    assert 'Replaced' not in run(source=source, dest=path).output
+    assert f'\nReplaced {path}\n' in run(source=source, dest=path).output
+
+
 @pytest.mark.parametrize(
     ('image', 'message'),
     [
@@ -437,16 +444,34 @@ def test_all_images_skipped(source):
         ({'transform': 'center-crop-wide'}, 'needs --resolution'),
         ({'transform': 'center-crop-wide', 'resolution': '4x8'}, 'not higher than wide'),
         ({'transform': 'zoom', 'resolution': '8x8'}, "'zoom' is not one of"),
-        ({'resolution': '64'}, 'not like 64x64 or 64,64'),
-        ({'resolution': '0x0'}, 'not like 64x64 or 64,64'),
-        ({'resolution': '64x64x3'}, 'not like 64x64 or 64,64'),
-        ({'resolution': '64x32'}, '64x32 grayscale, not square'),
-        ({'resolution': '60x60'}, 'not a power of two'),
+        ({'resolution': '0'}, 'not like 64x64, 64,64 or 64'),
+        ({'resolution': '0x0'}, 'not like 64x64, 64,64 or 64'),
+        ({'resolution': '64x64x3'}, 'not like 64x64, 64,64 or 64'),
+        ({'resolution': '64x32'}, '--resolution=64x32 is not square; use --resolution=64x64'),
+        (
+            {'resolution': '30x30'},
+            '--resolution=30x30: 30 is not a power of two; use --resolution=32x32, or --any-size',
+        ),
+        ({'resolution': '20'}, '--resolution=20x20: 20 is not a power of two; use --resolution=16x16, or --any-size'),
+        ({'transform': 'center-crop-wide', 'resolution': '500x400'}, 'use --resolution=512x410, or --any-size'),
         ({'max_images': '0'}, '0 is not in the range'),
     ],
 )
 def test_bad_options(tmp_path, options, message):
     assert_refused(tmp_path, message, source='mnist-5k', **options)
+
+
+def test_one_number_is_a_square_and_none_a_transform(source):
+    write(source, {'0.png': png(noise(8, 12))})
+    dataset = convert(source, source.parent / 'out.zip', resolution='4', transform='none')
+    assert dataset.image_shape == [1, 4, 4]
+    both = convert(source, source.parent / 'both.zip', resolution='4x4')
+    assert np.array_equal(dataset[0][0], both[0][0])
+
+
+def test_any_size_that_is_asked_for(source):
+    write(source, {'0.png': png(noise(8, 12))})
+    assert convert(source, source.parent / 'out.zip', resolution='6', any_size=True).image_shape == [1, 6, 6]
 
 
 def test_help_fits_the_screen_and_its_examples_parse():
