@@ -358,7 +358,7 @@ class Scores:
     def finish(self) -> measure.Numbers:
         """The numbers, on every process, once all have added their images."""
         self._images.finish()
-        for text in measure.warnings(self._images, self._reference):
+        for text in measure.warnings(self._images, self._reference, self._metrics):
             dist.print0(f'Warning: {text}')
         return measure.measure(self._images, self._reference, self._metrics)
 

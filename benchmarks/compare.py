@@ -42,6 +42,7 @@ from benchmarks.record import Record
 from images import pictures
 from metrics import measure
 from torch_utils import distributed as dist
+from torch_utils import misc, network_io
 from training.file_tree import FileTree
 
 # ----------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class Judge:
         return {
             'numbers': measure.measure(images, reference, self.metrics),
             'title': detector.title,
-            'warnings': measure.warnings(images, reference),
+            'warnings': measure.warnings(images, reference, self.metrics),
         }
 
 
@@ -441,7 +442,7 @@ def main(context, **kwargs):
     The same command again goes on where it was stopped. Markdown tables go to stdout, OUTDIR/report.html has all.
 
     \b
-    # The shipped network, all that is installed, three budgets
+    # The shipped network, four samplers, three budgets
     python benchmarks/compare.py --ref=datasets/mnist-32x32.zip --detector=efficientnet-lite0 --num=500 \\
         --samplers=db,taylor,rk,k-diffusion-dpmpp_2m_sde --evaluations=8,16,32
 
@@ -456,12 +457,14 @@ def main(context, **kwargs):
     by_evaluations = opts.steps is None
     groups = sorted(opts.steps or opts.evaluations or BUDGETS)
     cells = make_cells(opts, groups, by_evaluations)
-    if opts.dry_run:
-        click.echo(cells_table(cells, opts.num * opts.sets))
-        return
     try:
+        metrics = measure.parse_metrics(opts.metrics)
+        check_ref(opts.ref)
+        if opts.dry_run:
+            click.echo(cells_table(cells, opts.num * opts.sets))
+            return
         device = dist.init(opts.device)
-        judge = Judge(measure.parse_metrics(opts.metrics), opts.ref, opts.detector, device)
+        judge = Judge(metrics, opts.ref, opts.detector, device)
         net = generate.load_network(opts.network, device, opts.trust_pickle)
         generate.check_network(net, None)
         identity = {option: identify(option, opts[option]) for option in ('network', 'ref')}
@@ -486,6 +489,11 @@ def main(context, **kwargs):
             done = write_report(comparison, frame)
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
+    except (RuntimeError, MemoryError) as err:
+        if not misc.is_out_of_memory(err):
+            raise
+        message = network_io.one_line(err, 200) or type(err).__name__
+        raise click.ClickException(f'out of memory: {message}; lower --batch') from None
     click.echo(report.markdown(done))
     click.echo(f'Report in {(outdir / "report.html").absolute()}', err=True)
 
@@ -508,6 +516,19 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
     without_churn = [name for name in WINDOW if opts[name] is not None and not any(opts.S_churn)]
     if without_churn:
         raise click.UsageError(f'--{without_churn[0]} needs --S_churn above 0')
+
+
+def check_ref(ref: str) -> None:
+    """Raise ValueError where a file or folder cannot be a reference. What is on a server is not asked for yet."""
+    try:
+        if os.path.isdir(ref) or ref.lower().endswith('.zip'):
+            FileTree(ref).image_names()
+        elif not dnnlib.util.is_remote(ref):
+            measure.read_reference(ref)
+    except FileNotFoundError as err:
+        raise ValueError(f'--ref={ref}: {err.strerror}') from None
+    except (OSError, ValueError) as err:
+        raise ValueError(f'--ref: {err}') from None
 
 
 def cells_table(cells: Sequence[Cell], images: int) -> str:

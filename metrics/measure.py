@@ -144,12 +144,13 @@ def measure(images: FeatureSet, reference: Reference, metrics: Sequence[str]) ->
     return numbers
 
 
-def warnings(images: FeatureSet, reference: Reference) -> list[str]:
-    """What a reader of a Fréchet distance should know."""
+def warnings(images: FeatureSet, reference: Reference, metrics: Sequence[str] = ('fid',)) -> list[str]:
+    """What a reader of a Fréchet distance, if it is among the metrics, should know."""
     smallest, dim = min(images.moments.n, reference.num_images or images.moments.n), len(reference.mu)
-    if smallest > dim:
+    if 'fid' not in metrics or smallest > dim:
         return []
+    instead = '' if 'kid' in metrics else ', or --metrics=kid, which is unbiased'
     return [
         f'{smallest} images are not more than the {dim} dimensions of the features: their covariance is singular and '
-        f'the Fréchet distance biased upward; use more images, or --metrics=kid, which is unbiased'
+        f'the Fréchet distance biased upward; use more images{instead}'
     ]

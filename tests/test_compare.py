@@ -333,7 +333,12 @@ def test_networks_with_colours_and_without_classes(run, tmp_path, channels, labe
         (['--metrics=fud'], "'fud' is none of fid, kid, prdc, swd"),
         (['--detector=efficientnet-lite0'], 'was made with detector'),
         (['--network=absent.pkl'], 'absent.pkl'),
-        (['--ref=absent.npz'], "Error: --ref: [Errno 2] No such file or directory: 'absent.npz'"),
+        (['--ref=absent.npz'], 'Error: --ref=absent.npz: No such file or directory'),
+        (['--ref=absent.npz', '--dry-run'], 'Error: --ref=absent.npz: No such file or directory'),
+        (['--ref=absent.zip', '--dry-run'], 'Error: --ref: absent.zip: no such folder or .zip file'),
+        ([f'--ref={ROOT}/benchmarks', '--dry-run'], 'benchmarks: no images found'),
+        ([f'--ref={ROOT}/README.md', '--dry-run'], 'README.md holds no reference statistics'),
+        (['--metrics=fud', '--dry-run'], "'fud' is none of fid, kid, prdc, swd"),
         (['--device=abacus'], 'abacus'),
         (['--rho=0'], '0 is not in the range'),
         (['--rho=nan'], 'rho'),
@@ -356,6 +361,24 @@ def test_dry_run_prints_cells_and_cost_only(run, tmp_path):
         '3 cells of 8 images: 128 evaluations',  # (5 + 4 + 2 + 3 + 2) · 8
     ]
     assert not (tmp_path / 'out').exists()
+
+
+def test_no_memory_left_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(generate, 'to_uint8', lambda images: torch.empty(2**60))
+    result = run('--samplers=rk', '--steps=2')
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith('Error: out of memory: ')
+    assert result.output.endswith('; lower --batch\n')
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'advice'),
+    [('fid', ['use more images, or --metrics=kid, which is unbiased']), ('kid,fid', ['use more images']), ('kid', [])],
+)
+def test_the_warning_of_few_images_advises_what_is_not_done_yet(run, tmp_path, metrics, advice):
+    assert run('--samplers=rk', '--steps=2', f'--metrics={metrics}').exit_code == 0
+    [warned, _] = [measured['warnings'] for _, measured in lines(tmp_path / 'out' / 'results.jsonl')]
+    assert [text.split('; ')[1] for text in warned] == advice
 
 
 # ----------------------------------------------------------------------------
@@ -424,6 +447,10 @@ def test_the_page_needs_nothing_else(run, tmp_path):
     assert '--steps=2,3 --eta=0,1' in text
     assert torch.__version__ in text
     assert 'taylor, eta 0, 2 steps' in text
+
+
+def test_a_mark_stays_on_one_line():
+    assert 'white-space: nowrap' in report.STYLE.split('mark {')[1].split('}')[0]
 
 
 HOSTILE = '<script>alert("1 & 2")</script>\'--><b>'
