@@ -328,7 +328,7 @@ def _from_hub(url: str) -> str:
     try:
         import huggingface_hub
     except ImportError as err:
-        raise OSError(f"cannot open {url}: it needs the extra 'hub': pip install huggingface_hub") from err
+        raise OSError(f'cannot open {url}: it needs huggingface_hub: pip install -e ".[hub]"') from err
     try:
         return huggingface_hub.hf_hub_download(match[1], match[3], revision=match[2])
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as err:

