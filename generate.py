@@ -808,7 +808,7 @@ def main(**kwargs):
 
     \b
     # Ten digits of each class as a dataset zip, and a picture of them: a column for each class
-    python generate.py --outdir=out --format=zip --seeds=0-99 --class=0-9 --grid=digits.png
+    python generate.py --outdir=out/digits --format=zip --seeds=0-99 --class=0-9 --grid=out/digits.png
 
     \b
     # FID of 50,000 images that are never written
@@ -876,13 +876,16 @@ def check_guidance(opts: dnnlib.EasyDict) -> None:
 
 
 def check_picture(option: str, path: str | None, endings: tuple[str, ...]) -> None:
-    """Before hours of sampling, see that the picture can be written after them."""
+    """Before hours of sampling, see that the picture can be written after them, and make its folder."""
     if path is None:
         return
     if not path.lower().endswith(endings):
         raise click.UsageError(f'--{option}={path}: the name ends in {" or ".join(endings)}')
-    if not os.path.isdir(os.path.dirname(path) or '.'):
-        raise click.UsageError(f'--{option}={path}: there is no folder {os.path.dirname(path)}')
+    folder = os.path.dirname(path) or '.'
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as err:
+        raise click.UsageError(f'--{option}={path}: cannot make the folder {folder}: {err.strerror}') from None
 
 
 if __name__ == '__main__':

@@ -585,7 +585,7 @@ def assert_refused(outcome, outdir, *words):
         (['--format=zip', '--subdirs'], ['--subdirs', '--format=zip']),
         (['--grid=grid.gif'], ['--grid=grid.gif', '.png']),
         (['--trajectory=strip.jpg'], ['--trajectory=strip.jpg', '.gif']),
-        (['--grid={files}/none/grid.png'], ['--grid', 'no folder', 'none']),
+        (['--grid={files}/rgb.pkl/grid.png'], ['--grid={files}/rgb.pkl/grid.png: cannot make the folder']),
         (['--network={files}/grey.pkl', '--class=0'], ['--class=0', 'unconditional']),
         (['--seeds=a'], ['--seeds', "'a'"]),
         (['--seeds=5-3'], ['--seeds', "'5-3'"]),

@@ -332,11 +332,12 @@ def test_metrics_of_a_continued_run_are_those_of_all_images(sample, tmp_path):
 
 def test_grid_has_the_first_hundred_images_and_needs_no_folder(files, tmp_path, sample):
     network = f'--network={files / "digits.pkl"}'
-    outcome = run(network, '--seeds=7,3-120', '--steps=1', '--device=cpu', f'--grid={tmp_path / "grid.png"}')
+    path = tmp_path / 'a' / 'b' / 'grid.png'
+    outcome = run(network, '--seeds=7,3-120', '--steps=1', '--device=cpu', f'--grid={path}')
     assert outcome.status == 0, outcome.err
     assert 'first 100 images' in outcome.out
-    assert [path.name for path in tmp_path.iterdir()] == ['grid.png']
-    grid = image(tmp_path / 'grid.png')
+    assert [path.name for path in tmp_path.rglob('*')] == ['a', 'b', 'grid.png']
+    grid = image(path)
     assert grid.shape == (80, 80)
     sample('out', '--steps=1', batch=64, seeds='--seeds=7,3-120')
     assert np.array_equal(grid[:8, :8], image(tmp_path / 'out' / '000007.png'))

@@ -300,12 +300,12 @@ def test_converted_pickles_load_in_another_checkout(tmp_path):
     """By plain unpickling, where nothing but EDM's `torch_utils` and `dnnlib` can be imported."""
     net = network(**SONG)
     network_io.save_network(net, tmp_path / 'net.safetensors')
-    assert tool('convert', tmp_path / 'net.safetensors', tmp_path / 'net.pkl').exit_code == 0
+    assert tool('convert', tmp_path / 'net.safetensors', tmp_path / 'new' / 'net.pkl').exit_code == 0
     shutil.copytree(foreign_edm.TESTS / 'foreign', tmp_path / 'checkout')
     script = tmp_path / 'checkout' / 'script.py'
     script.write_text(
         "import pickle, sys, torch\nsys.modules['training'] = None\n"
-        "net = pickle.load(open('../net.pkl', 'rb'))['ema']\n"
+        "net = pickle.load(open('../new/net.pkl', 'rb'))['ema']\n"
         'torch.set_num_threads(1)\n'
         'print(net(torch.ones(1, 1, 8, 8), torch.tensor(2.0)).double().sum().item())\n'
     )

@@ -441,6 +441,7 @@ def convert(src: str, dest: str) -> None:
         raise _CannotRead(ValueError(f'{dest} exists already'))
     try:
         net = load_network(src)
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
         save_network(net, dest)
     except (OSError, ValueError) as err:
         raise _CannotRead(err) from None
