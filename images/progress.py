@@ -1,6 +1,7 @@
 """The progress bar of a run of several processes."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
@@ -17,14 +18,15 @@ def progress(total: int, todo: int, steps: int) -> Iterator[Callable[[], None]]:
     """
     layout = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]'
     done = 0
-    # The delay keeps the bar away from the errors that the sampler finds in its arguments.
+    # The first step may take minutes, so a terminal shows the bar at once, and without it the errors that the sampler
+    # finds in its arguments. From a file it could not go again: there it waits.
     with tqdm(
         desc=f'Sampling {total} images',
         total=total,
         initial=total - todo,
         unit=' images',
         bar_format=layout,
-        delay=0.1,
+        delay=0 if sys.stderr.isatty() else 0.1,
         disable=dist.get_rank() != 0 or not todo,
     ) as bar:
 
@@ -33,5 +35,8 @@ def progress(total: int, todo: int, steps: int) -> Iterator[Callable[[], None]]:
             done += 1
             bar.update(total - todo + todo * done // steps - bar.n)
 
-        yield step_done
+        try:
+            yield step_done
+        finally:
+            bar.leave = done > 0
         bar.update(total - bar.n)
