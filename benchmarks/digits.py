@@ -4,6 +4,7 @@ Three measures against the real digits that it was trained on: the Fréchet dist
 40 leading principal components (pixels of real digits, in [−1, 1]), the sliced Wasserstein distance of pixels over
 200 random directions, and the share of samples that an independent classifier (digits_classifier.py) reads as the class
 asked for. All samplers get the same latents and classes; the error bar is the standard deviation over the seed sets.
+Seconds are processor time, summed over all threads, which other programs disturb less.
 """
 
 import os
@@ -76,7 +77,7 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
     """(uint8 [num, 1, 32, 32], classes [num], seconds)"""
     sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
     classes = torch.arange(num) % net.label_dim
-    parts, start = [], time.perf_counter()
+    parts, start = [], time.process_time()
     for i, labels in enumerate(torch.eye(net.label_dim)[classes].split(batch)):
         shape = [len(labels), net.img_channels, net.img_resolution, net.img_resolution]
         noise, network = Noise(seed * 1_000_000 + i, shape), sampler_2nd.Denoiser(net, labels)
@@ -86,7 +87,7 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
 
         with torch.no_grad():
             parts.append(sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()
     return images, classes, seconds
 
@@ -141,6 +142,7 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch):
     real = train.images.flatten(1).double() / 127.5 - 1
     judge, record = Judge(real, classifier), Record(results)
     network_id = digits_classifier.identify(network)
+    print(f'Real digits: E x² = {float(real.square().mean()):.4f}')
     print('| sampler | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|')
     for name in names or samplers:

@@ -86,6 +86,9 @@ def main(network, seeds, evaluations, rho, names, batch):
         found = [errors(problem.solve(name, samplers[name].levels(n)), solutions[best]) for n in counts]
         cells = [f'{strong:.1f}; {weak:+.4f} ± {spread:.4f}' for strong, weak, spread in found]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
+    for name, x in solutions.items():
+        energy = x.square().flatten(1).mean(1)
+        print(f'E x*² = {float(energy.mean()):.4f} ± {float(energy.std()) / len(energy) ** 0.5:.4f} ({name})')
 
 
 if __name__ == '__main__':

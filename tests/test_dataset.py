@@ -351,7 +351,7 @@ def test_sixteen_bits(path):
 @pytest.mark.parametrize('channels', [2, 4])
 def test_transparency(path, channels):
     write(path, {'0.png': png(np.zeros([4, 4, channels], np.uint8))})
-    assert_refused(path, f'0.png has {channels} channels, not 1 or 3; dataset_tool.py takes out transparency')
+    assert_refused(path, f'0.png has {channels} channels, not 1 or 3; dataset_tool.py converts it')
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """benchmarks/solver_error.py, at a size that takes seconds."""
 
+import re
 from functools import partial
 
 import click.testing
@@ -43,7 +44,8 @@ def test_errors_fall_with_the_steps(monkeypatch):
     arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=ddb rk']
     result = click.testing.CliRunner().invoke(solver_error.main, arguments)
     assert result.exit_code == 0, result.output
-    header, _, row = result.output.splitlines()
+    header, _, row, energy = result.output.splitlines()
+    assert re.fullmatch(r'E x\*² = 0\.\d{4} ± 0\.\d{4} \(ddb rk\)', energy)
     assert header == '| strong error; weak error | 4 | 16 |'
     name, *cells = row.strip('| ').split(' | ')
     coarse, fine = (float(cell.split(';')[0]) for cell in cells)

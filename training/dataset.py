@@ -189,7 +189,7 @@ class ImageFolderDataset(Dataset):
         channels = 1 if image.ndim == 2 else image.shape[2]
         if channels not in (1, 3):
             raise OSError(
-                f'{self._files.path}: {name} has {channels} channels, not 1 or 3; dataset_tool.py takes out transparency'
+                f'{self._files.path}: {name} has {channels} channels, not 1 or 3; dataset_tool.py converts it'
             )
         return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)
 
