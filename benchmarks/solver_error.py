@@ -74,6 +74,8 @@ def main(network, seeds, evaluations, rho, names, batch):
     """
     if unknown := set(names) - set(mixture.ON_A_PATH):
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(mixture.ON_A_PATH)}')
+    if len(seeds) < 2:
+        raise click.UsageError('--seeds: one image has no standard error; give two or more')
     samplers = peers.available({**peers.PEERS, **peers.OURS})
     problem = Problem(generate.load_network(network, torch.device('cpu')), seeds, rho, batch)
     counts, solutions = generate.parse_int_list(evaluations), {}

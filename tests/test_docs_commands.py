@@ -178,6 +178,7 @@ RULES = [
     Rule(r'benchmarks/write_images\.py.*', smaller='--num=2 --repeats=1 --ms=20', slow=True),
     Rule(r'benchmarks/mixture\.py .*', smaller='--paths=4', slow=True),
     Rule(r'benchmarks/same_picture\.py.*', smaller=f'--network={TINY} --seeds=0 --sheet=sheet.png', slow=True),
+    Rule(r'benchmarks/solver_error\.py', smaller=f'--network={TINY} --seeds=0,1 --evaluations=4', slow=True),
     Rule(r'benchmarks/orders\.py.*', smaller='--paths=4', slow=True),
     Rule(r'benchmarks/frechet\.py.*', smaller='--dim=64'),
     Rule(r'benchmarks/fd_floor\.py .*', smaller='--splits=2'),
@@ -197,6 +198,7 @@ NOT_RUN = {
     r'conda .*': 'needs conda; tests/test_packaging.py compares environment.yml with pyproject.toml',
     r'python (-m pytest .*|tests/test_docs\.py)': 'runs tests',
     r'python benchmarks/digits_classifier\.py .*': 'takes 20 minutes; tests/test_digits_classifier.py runs its parts',
+    r'python benchmarks/digits\.py .*': 'fits a classifier; tests/test_digits.py runs it without',
     r'python tests/attacks\.py': 'tests/test_safe_pickle.py and tests/test_network_io.py assert what it prints',
     r'python tests/fuzz/fuzz_network_io\.py .*': 'needs atheris, a compiled package that the tests do not ask for',
 }

@@ -53,7 +53,14 @@ def test_errors_fall_with_the_steps(monkeypatch):
     assert fine < coarse
 
 
-def test_unknown_sampler():
-    result = click.testing.CliRunner().invoke(solver_error.main, ['--sampler=EDM Heun'])
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('--sampler=EDM Heun', "--sampler='EDM Heun' is not one of: k-diffusion dpmpp_2m_sde"),
+        ('--seeds=3', '--seeds: one image has no standard error'),
+    ],
+)
+def test_bad_options(option, message):
+    result = click.testing.CliRunner().invoke(solver_error.main, [option])
     assert result.exit_code == 2
-    assert "--sampler='EDM Heun' is not one of: k-diffusion dpmpp_2m_sde" in result.output
+    assert message in result.output
