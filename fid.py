@@ -1,9 +1,10 @@
 """Distances between sets of images: Fréchet distance (FID), KID, precision and recall, sliced Wasserstein."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,7 @@ from metrics.detectors import Detector, load_detector
 from metrics.measure import FeatureSet, Numbers
 from metrics.statistics import INCEPTION, Reference, write_reference
 from torch_utils import distributed as dist
+from torch_utils import misc, network_io
 from training.dataset import choose_subset
 from training.file_tree import DAMAGED, FileTree, open_image
 
@@ -152,6 +154,20 @@ def say(text: str) -> None:
     dist.print0(text, file=sys.stderr)
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a file, an option or a lack of memory brings about into one line and an exit status."""
+    try:
+        yield
+    except (OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from None
+    except (RuntimeError, MemoryError) as err:
+        if not misc.is_out_of_memory(err):
+            raise
+        problem = network_io.one_line(err, 200) or type(err).__name__
+        raise click.ClickException(f'out of memory: {problem}; lower --batch') from None
+
+
 def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:
     """The smallest of several measurements, by its first number."""
     best = min(results, key=lambda numbers: next(iter(numbers.values())))
@@ -247,7 +263,7 @@ def calc(
 
     The number alone goes to stdout (several metrics: a line each, name and value), all the rest to stderr.
     """
-    try:
+    with one_line_errors():
         device = dist.init(device)
         names = measure.parse_metrics(metrics)
         reading = {'batch': batch, 'skip_broken': skip_broken, 'workers': workers}
@@ -267,12 +283,10 @@ def calc(
             sets = [features_of(files, each, detector, device, keep, **reading) for each in chosen]
         if features and not kept and dist.get_rank() == 0:
             keep_features(features, note, sets[0])
-        for text in measure.warnings(sets[0], reference):
+        for text in measure.warnings(sets[0], reference, names):
             say(f'Warning: {text}')
         results = [measure.measure(each, reference, names) for each in sets]
         say(f'{detector.title} of {sets[0].moments.n} images against {ref}, seed {seed}:')
-    except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
     versions = {name: metadata.version(name) for name in ('torch', 'numpy', 'pillow')}
     record = {'title': detector.title, 'n': sets[0].moments.n, **note, 'ref': ref, 'versions': versions}
     show(results, record, as_json)
@@ -297,7 +311,7 @@ def keep_features(path: str, note: dict[str, Any], features: FeatureSet) -> None
 @device_option
 def ref(data, dest, with_features, batch, detector, skip_broken, workers, device):
     """Write the reference statistics of a dataset."""
-    try:
+    with one_line_errors():
         device = dist.init(device)
         loaded = load_detector(detector or INCEPTION, device)
         files = ImageFiles([data])
@@ -305,8 +319,6 @@ def ref(data, dest, with_features, batch, detector, skip_broken, workers, device
         result = features_of(files, np.arange(len(files)), loaded, device, with_features, **reading)
         if dist.get_rank() == 0:
             write_reference(result.reference(), dest)
-    except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
     say(f'Statistics of {len(files)} images in {dest}')
     dist.barrier()
 

@@ -465,7 +465,7 @@ def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
 def explain(err: Exception) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
     if misc.is_out_of_memory(err):
-        return f'out of memory: {one_line(err, 200)}; lower --batch-gpu, which changes nothing but the speed'
+        return f'out of memory: {one_line(err, 200) or type(err).__name__}; lower --batch-gpu, which changes nothing but the speed'
     if not isinstance(err, RuntimeError):
         # From a loading process the error comes with a traceback, and what it says in the last line.
         return (str(err).strip() or type(err).__name__).splitlines()[-1].removeprefix('OSError: ')

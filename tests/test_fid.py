@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
 from image_files import png, write
 
@@ -205,6 +207,13 @@ def test_mistakes_are_named(folders):
     assert "'fidd' is none of fid, kid, prdc, swd" in calc(pale, real, '--metrics=fidd', status=1).output
     assert 'no such folder' in calc('nowhere', real, status=1).output
     assert 'nowhere.npz' in calc(pale, 'nowhere.npz', '--num=50', status=1).output
+
+
+def test_a_lack_of_memory_is_one_line(folders, monkeypatch):
+    real, pale = folders
+    monkeypatch.setattr(fid.FeatureSet, 'add', lambda *_: torch.empty(2**60))
+    output = calc(pale, real, '--num=50', status=1).output
+    assert re.fullmatch(r'Error: out of memory: .*4611686018427387904 bytes.*; lower --batch', output.splitlines()[-1])
 
 
 def test_two_processes_agree_with_one(folders):

@@ -67,7 +67,10 @@ class Run:
             for target in (self.net, self.ema):
                 misc.copy_params_and_buffers(source, target)
         except (OSError, ValueError) as err:
-            raise ValueError(f'cannot start from {network_pkl}: {network_io.one_line(err, 300)}') from err
+            problem = network_io.one_line(err, 300)
+            raise ValueError(
+                problem if network_pkl in problem else f'cannot start from {network_pkl}: {problem}'
+            ) from err
 
     def save(self, path: str) -> None:
         """Write the state, with the random number generators of all ranks; to be called on every rank."""
