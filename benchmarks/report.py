@@ -274,7 +274,8 @@ tbody th { font-weight: 500; }
 .group th { padding-top: 1rem; }
 td.number, th.number { text-align: right; }
 mark { padding: .05rem .4rem; border-radius: .3rem; background: var(--good); color: var(--good-text);
-  font-weight: 600; white-space: nowrap; }
+  font-weight: 600; display: inline-block; }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .4rem; } }
 ul { list-style: none; margin: 0; padding: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; margin: .5rem 0; font-size: .9rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, max(20rem, 40%)), 1fr)); gap: 1rem; }

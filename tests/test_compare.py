@@ -449,8 +449,8 @@ def test_the_page_needs_nothing_else(run, tmp_path):
     assert 'taylor, eta 0, 2 steps' in text
 
 
-def test_a_mark_stays_on_one_line():
-    assert 'white-space: nowrap' in report.STYLE.split('mark {')[1].split('}')[0]
+def test_a_mark_is_one_box():
+    assert 'display: inline-block' in report.STYLE.split('mark {')[1].split('}')[0]
 
 
 HOSTILE = '<script>alert("1 & 2")</script>\'--><b>'
