@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -297,7 +298,7 @@ def test_a_stop_at_the_end_of_a_tick_finishes_the_tick(data, tmp_path, monkeypat
 
 def test_a_repeated_signal_ends_a_run_only_after_a_while(monkeypatch):
     clock = iter([0.0, 0.5, 1.5])
-    monkeypatch.setattr(interrupts.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(interrupts, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))  # of no other thread
     with interrupts.Interrupts() as noted:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # Ctrl-C, and the launcher passes it on
