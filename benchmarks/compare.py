@@ -42,7 +42,6 @@ from benchmarks.record import Record
 from images import pictures
 from metrics import measure
 from torch_utils import distributed as dist
-from torch_utils import misc, network_io
 from training.file_tree import FileTree
 
 # ----------------------------------------------------------------------------
@@ -457,7 +456,7 @@ def main(context, **kwargs):
     by_evaluations = opts.steps is None
     groups = sorted(opts.steps or opts.evaluations or BUDGETS)
     cells = make_cells(opts, groups, by_evaluations)
-    try:
+    with fid.one_line_errors():
         metrics = measure.parse_metrics(opts.metrics)
         check_ref(opts.ref)
         if opts.dry_run:
@@ -487,13 +486,6 @@ def main(context, **kwargs):
         done = write_report(comparison, frame)
         for _ in comparison.measure():
             done = write_report(comparison, frame)
-    except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
-    except (RuntimeError, MemoryError) as err:
-        if not misc.is_out_of_memory(err):
-            raise
-        message = network_io.one_line(err, 200) or type(err).__name__
-        raise click.ClickException(f'out of memory: {message}; lower --batch') from None
     click.echo(report.markdown(done))
     click.echo(f'Report in {(outdir / "report.html").absolute()}', err=True)
 
