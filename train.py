@@ -115,17 +115,12 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
         seed=opts.seed,
     )
     config.update(samples=opts.samples, plot=opts.plot, tensorboard=opts.tensorboard)
-    if opts.transfer is not None or (state is not None and _began_with_transfer(state)):
+    began_with_transfer = run_options.beside(state).get('ema_rampup_ratio', 0) is None
+    if opts.transfer is not None or began_with_transfer:
         config.update(resume_pkl=opts.transfer, ema_rampup_ratio=None)
     if state is not None:
         config.update(resume_kwargs(state))
     return config
-
-
-def _began_with_transfer(state: str) -> bool:
-    """Then the EMA of the run that goes on has no ramp-up."""
-    before = run_options.beside(state) or {}
-    return before.get('ema_rampup_ratio', 0) is None
 
 
 def find_state(resume: str | None, run_dir: str, nosubdir: bool = False) -> str | None:
@@ -313,7 +308,7 @@ def main(**kwargs):
         raise click.ClickException(str(err)) from None
     training_stats.init_multiprocessing(dist.get_rank(), device if dist.get_world_size() > 1 else None)
     dataset = _open_dataset(opts)
-    run_dir = opts.outdir if opts.nosubdir else run_dir_name(opts, dataset.name)
+    run_dir = opts.outdir if opts.nosubdir else _on_rank0(partial(run_dir_name, opts, dataset.name))
     state = _on_rank0(partial(find_state, opts.resume, run_dir, opts.nosubdir))
     if opts.seed is None:
         opts.seed = _on_rank0(partial(_choose_seed, state))
@@ -326,7 +321,7 @@ def main(**kwargs):
         dist.print0('Dry run; exiting.')
         return
 
-    _on_rank0(partial(_make_run_dir, run_dir, config))  # once all ranks have read the names in --outdir
+    _on_rank0(partial(_make_run_dir, run_dir, config))
     _train(config, run_dir, device)
 
 # fmt: on
@@ -386,9 +381,8 @@ def _check_network(config: dict[str, Any], dataset: Any) -> None:
         with torch.device('meta'), torch.no_grad():
             unet(**kwargs)(torch.empty(1, channels, size, size), torch.ones(1), torch.empty(1, labels))
     except (RuntimeError, ValueError, ArithmeticError) as err:
-        given = {name: config['network_kwargs'].get(name) for name in ('model_channels', 'channel_mult', 'num_blocks')}
         raise click.ClickException(
-            f'no network has --cbase={given["model_channels"]}, --cres={given["channel_mult"]}: {one_line(err, 150)}; '
+            f'no network has --cbase={kwargs["model_channels"]}, --cres={kwargs["channel_mult"]}: {one_line(err, 150)}; '
             'multiples of 32 always do for --cbase'
         ) from None
 
@@ -409,17 +403,17 @@ def _on_rank0(choose: Callable[[], Any]) -> Any:
 
 def _choose_seed(state: str | None) -> int:
     """That of the run whose state goes on, so that the data order does; else a random one."""
-    before = run_options.beside(state) if state is not None else None
-    if before is not None and isinstance(before.get('seed'), int):
-        return before['seed']
+    seed = run_options.beside(state).get('seed')
+    if isinstance(seed, int):
+        return seed
     return int.from_bytes(os.urandom(4), 'little') % 2**31
 
 
 def _compare_options(config: dict[str, Any]) -> None:
     """Say what is not as in the run that goes on; refuse what its state does not fit."""
     state = config.get('resume_state_dump')
-    before = run_options.beside(state) if state is not None else None
-    if before is None:
+    before = run_options.beside(state)
+    if not before:
         return
     fixed, free = run_options.compare(before, config)
     if fixed:
@@ -465,7 +459,7 @@ def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
 def explain(err: Exception) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
     if misc.is_out_of_memory(err):
-        return f'out of memory: {one_line(err, 200) or type(err).__name__}; lower --batch-gpu, which changes nothing but the speed'
+        return f'out of memory: {one_line(err, 200)}; lower --batch-gpu, which changes nothing but the speed'
     if not isinstance(err, RuntimeError):
         # From a loading process the error comes with a traceback, and what it says in the last line.
         return (str(err).strip() or type(err).__name__).splitlines()[-1].removeprefix('OSError: ')

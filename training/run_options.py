@@ -21,15 +21,17 @@ def save(run_dir: str, config: dict[str, Any]) -> None:
         file.write(json.dumps({**config, 'run_dir': run_dir}, indent=2).encode())
 
 
-def beside(state: str) -> dict[str, Any] | None:
-    """The config of the run that wrote a state file; None if it is not there, or no config."""
+def beside(state: str | None) -> dict[str, Any]:
+    """The config of the run that wrote a state file; empty without a state, or if it is not there, or no config."""
+    if state is None:
+        return {}
     try:
         with open(os.path.join(os.path.dirname(state), NAME), encoding='utf-8') as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return None
+        return {}
     whole = isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in _SECTIONS)
-    return config if whole else None
+    return config if whole else {}
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
