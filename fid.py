@@ -121,9 +121,14 @@ def choose_images(files: ImageFiles, num: int, seed: int, ranges: int) -> list[n
     return [np.arange(i * num, (i + 1) * num) for i in range(ranges)]
 
 
+def holds_images(ref: str) -> bool:
+    """Whether --ref is the real images themselves, not statistics of them."""
+    return os.path.isdir(ref) or ref.lower().endswith('.zip')
+
+
 def open_reference(ref: str, detector: str | None, device: torch.device, **options: Any) -> tuple[Reference, Detector]:
     """The reference behind --ref, statistics or the real images themselves, and the detector to compare with."""
-    if os.path.isdir(ref) or ref.lower().endswith('.zip'):
+    if holds_images(ref):
         loaded = load_detector(detector or INCEPTION, device)
         files = ImageFiles([ref])
         say(f'{ref} is measured anew in each run; `fid.py ref` keeps its statistics')
@@ -164,8 +169,7 @@ def one_line_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as err:
         if not misc.is_out_of_memory(err):
             raise
-        problem = network_io.one_line(err, 200) or type(err).__name__
-        raise click.ClickException(f'out of memory: {problem}; lower --batch') from None
+        raise click.ClickException(f'out of memory: {network_io.one_line(err, 200)}; lower --batch') from None
 
 
 def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:

@@ -702,7 +702,7 @@ def explain(err: Exception, opts: dnnlib.EasyDict) -> str | None:
     if opts.compile_net and isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
         return f'--compile: {network_io.one_line(err.inner_exception)}'
     if misc.is_out_of_memory(err):
-        return f'out of memory: {network_io.one_line(err, 200) or type(err).__name__}; lower --batch'
+        return f'out of memory: {network_io.one_line(err, 200)}; lower --batch'
     if isinstance(err, RuntimeError) and dist.lost_peer(err):
         return (
             f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is '

@@ -513,7 +513,7 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
 def check_ref(ref: str) -> None:
     """Raise ValueError where a file or folder cannot be a reference. What is on a server is not asked for yet."""
     try:
-        if os.path.isdir(ref) or ref.lower().endswith('.zip'):
+        if fid.holds_images(ref):
             FileTree(ref).image_names()
         elif not dnnlib.util.is_remote(ref):
             measure.read_reference(ref)

@@ -151,7 +151,9 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
 
 
 def one_line(message: object, width: int = 500) -> str:
-    """The message, shortened, on one line, with nothing in it that a terminal would obey."""
+    """The message, short, on one line, with nothing in it that a terminal would obey; the type of an empty error."""
+    if isinstance(message, BaseException) and not str(message):
+        message = type(message).__name__
     text = textwrap.shorten(str(message), width)
     return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
