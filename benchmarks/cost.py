@@ -5,7 +5,7 @@
 Every network runs in two ways: as generate.py runs it, and as straightforward eager PyTorch would (`plain`: channels
 first, PyTorch's own forward-mode rules, attention by matrix products). The four take turns, so that a busy machine
 slows them all; each ratio is the median over the rounds. The last column is the relative distance between the tangents
-of the two ways. `--dtype=bf16` runs the same under autocast.
+of the two ways. `--dtype=bf16` runs the same under autocast, `--device=cuda` on a GPU.
 """
 
 import contextlib
@@ -57,26 +57,30 @@ def randomize_zeros(net: torch.nn.Module) -> None:
 
 def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict[str, list[float]], float]:
     """Seconds of each round by way, and the relative distance between the two tangents."""
-    x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution])
-    sigma = torch.linspace(0.1, 2, batch)
-    labels = torch.eye(net.label_dim)[torch.arange(batch) % net.label_dim] if net.label_dim else None
+    device = next(net.parameters()).device
+    x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    sigma = torch.linspace(0.1, 2, batch, device=device)
+    classes = torch.arange(batch, device=device)
+    labels = torch.eye(net.label_dim, device=device)[classes % net.label_dim] if net.label_dim else None
 
     def forward(net: Any) -> torch.Tensor:
-        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return net(x, sigma, labels)
 
     def jvp(net: Any) -> torch.Tensor:
-        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return torch.func.jvp(lambda x: net(x, sigma, labels), (x,), (tangent,))[1]
 
-    ours = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(net)
+    if device.type == 'cpu':
+        ours.to(memory_format=torch.channels_last)
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
         for way, call in [('forward', forward), ('jvp', jvp)]:
             for kind, arm, context in [('ours', ours, contextlib.nullcontext()), ('plain', net, plain())]:
                 with context:
                     start = time.perf_counter()
-                    call(arm)
+                    call(arm)[0, 0, 0, 0].item()  # waits for a GPU
                     seconds.setdefault(f'{kind} {way}', []).append(time.perf_counter() - start)
     with plain():
         expected = jvp(net)
@@ -88,14 +92,16 @@ def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict
 @click.option('--batch', type=click.IntRange(min=1), default=16, show_default=True)
 @click.option('--rounds', type=click.IntRange(min=1), default=5, show_default=True)
 @click.option('--dtype', type=click.Choice(['fp32', 'bf16']), default='fp32', show_default=True)
+@click.option('--device', metavar='NAME', default='cpu', show_default=True)
 @torch.no_grad()
-def main(batch: int, rounds: int, dtype: str) -> None:
+def main(batch: int, rounds: int, dtype: str, device: str) -> None:
     ratios = 'speed-up of forward | plain JVP / plain forward | JVP / plain forward | JVP / forward'
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|')
     for name, make in NETWORKS.items():
         net = make().eval().requires_grad_(False)
         randomize_zeros(net)
+        net.to(device)
         seconds, distance = measure(net, batch, rounds, torch.bfloat16 if dtype == 'bf16' else torch.float32)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:

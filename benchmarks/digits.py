@@ -4,7 +4,7 @@ Three measures against the real digits that it was trained on: the Fréchet dist
 40 leading principal components (pixels of real digits, in [−1, 1]), the sliced Wasserstein distance of pixels over
 200 random directions, and the share of samples that an independent classifier (digits_classifier.py) reads as the class
 asked for. All samplers get the same latents and classes; the error bar is the standard deviation over the seed sets.
-Seconds are processor time, summed over all threads, which other programs disturb less.
+Seconds are processor time, summed over all threads, which other programs disturb less; on a GPU, those that pass.
 """
 
 import os
@@ -23,6 +23,7 @@ import generate
 import sampler_2nd
 from benchmarks import digits_classifier, peers
 from benchmarks.record import Record
+from torch_utils import distributed
 
 COMPONENTS, DIRECTIONS = 40, 200
 
@@ -30,11 +31,12 @@ COMPONENTS, DIRECTIONS = 40, 200
 class Noise:
     """Standard normals from one generator; a peer that asks by times gets independent increments."""
 
-    def __init__(self, seed, shape):
-        self._generator, self._shape = torch.Generator().manual_seed(seed), shape
+    def __init__(self, seed, shape, device='cpu'):
+        self._generator, self._shape = torch.Generator(device).manual_seed(seed), shape
 
     def fresh(self, *_):
-        return torch.randn(self._shape, generator=self._generator, dtype=torch.float64)
+        like = {'generator': self._generator, 'device': self._generator.device}
+        return torch.randn(self._shape, dtype=torch.float64, **like)
 
     __call__ = fresh
 
@@ -73,21 +75,30 @@ class Result(NamedTuple):
     seconds: float  # per digit
 
 
+def clock(device):
+    """Seconds: of the processors, or, once a GPU has done what it was asked to, on the wall."""
+    if device.type == 'cpu':
+        return time.process_time()
+    torch.ones(1, device=device).item()  # waits
+    return time.perf_counter()
+
+
 def sample(net, sampler, evaluations, rho, num, seed, batch):
     """(uint8 [num, 1, 32, 32], classes [num], seconds)"""
     sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
     classes = torch.arange(num) % net.label_dim
-    parts, start = [], time.process_time()
+    device = next(net.parameters()).device
+    parts, start = [], clock(device)
     for i, labels in enumerate(torch.eye(net.label_dim)[classes].split(batch)):
         shape = [len(labels), net.img_channels, net.img_resolution, net.img_resolution]
-        noise, network = Noise(seed * 1_000_000 + i, shape), sampler_2nd.Denoiser(net, labels)
+        noise, network = Noise(seed * 1_000_000 + i, shape, device), sampler_2nd.Denoiser(net, labels.to(device))
 
         def denoise(x, sigma, network=network):
             return network(x, torch.as_tensor(sigma).reshape(-1)[0])
 
         with torch.no_grad():
             parts.append(sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise))
-    seconds = time.process_time() - start
+    seconds = clock(device) - start
     images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()
     return images, classes, seconds
 
@@ -121,7 +132,8 @@ def cell(results):
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
 @click.option('--results', help='Kept here, and not computed again', metavar='JSONL', default='out/digits.jsonl')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=100)
-def main(network, data, num, sets, evaluations, rho, names, results, batch):
+@click.option('--device', help='cuda, mps or cpu', metavar='NAME', default='cpu')
+def main(network, data, num, sets, evaluations, rho, names, results, batch, device):
     """Print: Fréchet distance / sliced Wasserstein distance / share read right / seconds per digit.
 
     \b
@@ -132,7 +144,10 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch):
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')
-    net = generate.load_network(network, torch.device('cpu'))
+    try:
+        net = generate.load_network(network, distributed.select_device(device))
+    except ValueError as err:
+        raise click.UsageError(str(err)) from None
     counts = generate.parse_int_list(evaluations)
     try:
         train, _ = digits_classifier.load_digits(data)
@@ -149,6 +164,7 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch):
         cells = []
         for n in counts:
             of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch, 'network': network_id}
+            of['device'] = device
             found = []
             for seed in range(sets):
                 compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)

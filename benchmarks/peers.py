@@ -103,7 +103,7 @@ def k_diffusion_sampling():
 def k_diffusion(name, stochastic=True, **kwargs):
     def sampler(denoise, x, sigmas, noise):
         extra = {'noise_sampler': noise} if stochastic else {}
-        levels = torch.tensor(sigmas, dtype=x.dtype)
+        levels = torch.tensor(sigmas, dtype=x.dtype, device=x.device)
         return getattr(k_diffusion_sampling(), name)(denoise, x, levels, disable=True, **extra, **kwargs)
 
     return sampler
@@ -128,7 +128,7 @@ def torchsde_srk(denoise, x, sigmas, noise):
             return denoise((y / t).reshape(x.shape), t**-0.5).reshape(y.shape)
 
         def g(self, t, y):
-            return torch.ones(*y.shape, 1, dtype=y.dtype)
+            return torch.ones(*y.shape, 1, dtype=y.dtype, device=y.device)
 
     class Source(torchsde.BaseBrownian):
         """ΔB and ΔZ/h − ΔB/2 = H of a step, from independent normals."""
@@ -149,7 +149,7 @@ def torchsde_srk(denoise, x, sigmas, noise):
     y = (x * taus[0]).reshape(-1, 1)
     source = Source()
     for tau, tau_next in itertools.pairwise(taus):
-        ends = torch.tensor([tau, tau_next], dtype=x.dtype)
+        ends = torch.tensor([tau, tau_next], dtype=x.dtype, device=x.device)
         dt = (tau_next - tau) * (1 + 1e-9)  # one step: rounded down, dt would leave a second one, with noise of its own
         y = torchsde.sdeint(Equation(), y, ends, bm=source, method='srk', dt=dt)[-1]
     return denoise((y / taus[-1]).reshape(x.shape), torch.tensor(sigmas[-2], dtype=x.dtype))
