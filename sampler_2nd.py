@@ -218,17 +218,22 @@ def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):
 
 
 def predict_D(past, sigma):
-    """D at `sigma`, extrapolated from what the last two steps of `rk` used: linear in ln σ, or the last one if alone.
+    """D at `sigma`, extrapolated from what the last two steps of `rk` used, or the last one if alone.
 
-    A step's D is correlated with the noise of its step as D at the middle of the step would be: Cov(ΔZ/h, ΔB) = h/2.
-    With that middle as its time, the extrapolated D has the covariance with x that the true D has, up to second order;
-    the last D alone has not, and nearly all of the error of `rk` would come from there.
+        D̂ = D₁ + (ln(τ/e₁) / ln(e₁/e₀)) (e₀ + e₁)/(2 √(e₀ e₁)) (D₁ − D₀)
+
+    A step's D is correlated with the noise of its step as D at the middle of the step, e, would be: Cov(ΔZ/h, ΔB) = h/2.
+    The first factor extrapolates from these times, in ln τ, so that D̂ has the covariance with x that the true D has, up
+    to second order; the last D alone has not, and nearly all of the error of `rk` would come from there. The second is
+    1 for short steps. In long ones the node lacks the spread of the image itself, h²/9 Cov[x0 | x], and it makes good
+    for that: on Gaussian data of any variance, the result has the variance of the data (docs/method.md, section 5).
     """
     (sigma_0, D_0), (sigma_1, D_1) = past[0], past[-1]
     if len(past) == 1 or sigma_0 == sigma:  # a network that rounds its levels may repeat one
         return D_1
     tau_0, tau_1, tau = sigma_0**-2, sigma_1**-2, sigma**-2
-    ahead = math.log(2 * tau / (tau_1 + tau)) / math.log((tau_1 + tau) / (tau_0 + tau_1))
+    e_0, e_1 = (tau_0 + tau_1) / 2, (tau_1 + tau) / 2
+    ahead = math.log(tau / e_1) / math.log(e_1 / e_0) * (e_0 + e_1) / (2 * math.sqrt(e_0 * e_1))
     return D_1 + ahead * (D_1 - D_0)
 
 

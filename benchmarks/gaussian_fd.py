@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import sampler_2nd
 from benchmarks import peers
 
-EVALUATIONS = (16, 24, 32, 48, 64, 96, 128)
+EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def digits_spectrum():

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gaussian_fd, mixture, orders, peers
 
-CI_EVALUATIONS = (32, 64)
+CI_EVALUATIONS = (16, 32, 64)
 
 
 @pytest.fixture(scope='module')
@@ -23,6 +23,21 @@ def test_rk_has_the_smallest_exact_frechet_distance(samplers, spectrum, rho):
     for name, values in results.items():
         if name not in peers.OURS:
             assert all(ours < theirs / 2 for ours, theirs in zip(results['ddb rk'], values, strict=True)), name
+
+
+@pytest.mark.parametrize(('factor', 'tolerance'), [(2, 0.0005), (4, 0.01), (10, 0.03), (15, 0.04)])
+def test_rk_keeps_the_variance_of_the_data_in_long_steps(factor, tolerance):
+    """Steps over which 1/σ² grows by `factor`, Gaussian data of any standard deviation: the variance is that of the data."""
+    stds = torch.logspace(-1, 0.5, 9, dtype=torch.float64)
+    count = int(2 * math.log(80 / 0.0005) / math.log(factor)) + 2
+    sigmas = [*(80 * factor ** (-i / 2) for i in range(count)), 0.0]
+    noise = peers.Columns(2 * count + 1, len(stds))
+
+    def denoise(x, sigma):
+        return x * (stds**2 / (stds**2 + torch.as_tensor(sigma).reshape(-1)[:1] ** 2))
+
+    x = peers.OURS['ddb rk'].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
+    assert (x.square().sum(0) / stds**2 - 1).abs().max() < tolerance
 
 
 def test_exact_frechet_distance_of_heun_by_an_independent_route():

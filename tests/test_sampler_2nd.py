@@ -274,7 +274,7 @@ def test_rk_by_hand():
 def test_predicted_D_by_hand():
     """Steps from τ = 1 to 3 and from there to 5 have their middles at 2 and 4."""
     past = [(1.0, torch.tensor([3.0])), (3**-0.5, torch.tensor([5.0]))]
-    expected = 5 + 2 * math.log(5 / 4) / math.log(4 / 2)
+    expected = 5 + 2 * math.log(5 / 4) / math.log(4 / 2) * (2 + 4) / (2 * math.sqrt(2 * 4))
     assert float(sampler_2nd.predict_D(past, 5**-0.5)) == pytest.approx(expected, rel=1e-7)
     assert sampler_2nd.predict_D(past[:1], 3**-0.5) is past[0][1]
 
