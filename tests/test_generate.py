@@ -666,6 +666,7 @@ class Unknown(torch.nn.Module):
         (pickle.dumps({'ema': torch.nn.Linear(2, 2)}), ['torch.nn.modules.linear.Linear', '--trust-pickle']),
         (pickle.dumps({'ema': networks.Linear(2, 2)}), ["'Linear'", 'EDMPrecond', '--trust-pickle']),
     ],
+    ids=['empty', 'png', 'zip', 'list', 'no ema', 'nothing', 'unknown class', 'a layer of torch', 'a layer of ours'],
 )
 def test_files_that_hold_no_known_network(tmp_path, content, words):
     path = tmp_path / 'net.pkl'

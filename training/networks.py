@@ -305,6 +305,8 @@ class GroupNorm(torch.nn.Module):
         x, dx = _split_dual(x, weight, bias)
         if dx is None:
             return group_norm(x, self.num_groups, weight, bias, self.eps)
+        if x.device.type != 'cpu':  # the kernels of GPUs know one layout only
+            x, dx = x.contiguous(), dx.contiguous()
         # The Jacobian without the affine part is symmetric, so the kernel of the backward pass gives its products.
         size = [x.shape[0], x.shape[1], x[0, 0].numel(), self.num_groups]
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.eps)
