@@ -222,10 +222,10 @@ def predict_D(past, sigma):
 
         D̂ = D₁ + (ln(τ/e₁) / ln(e₁/e₀)) (e₀ + e₁)/(2 √(e₀ e₁)) (D₁ − D₀)
 
-    A step's D is correlated with the noise of its step as D at the middle of the step, e, would be: Cov(ΔZ/h, ΔB) = h/2.
+    A step's D is correlated with the noise of its step as D at the middle e of the step would be: Cov(ΔZ/h, ΔB) = h/2.
     The first factor extrapolates from these times, in ln τ, so that D̂ has the covariance with x that the true D has, up
     to second order; the last D alone has not, and nearly all of the error of `rk` would come from there. The second is
-    1 for short steps. In long ones the node lacks the spread of the image itself, h²/9 Cov[x0 | x], and it makes good
+    1 for short steps. In long ones the node lacks the spread of the image itself, h²/9 Cov[x0 | y], and it makes good
     for that: on Gaussian data of any variance, the result has the variance of the data (docs/method.md, section 5).
     """
     (sigma_0, D_0), (sigma_1, D_1) = past[0], past[-1]

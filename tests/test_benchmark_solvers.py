@@ -27,7 +27,7 @@ def test_rk_has_the_smallest_exact_frechet_distance(samplers, spectrum, rho):
 
 @pytest.mark.parametrize(('factor', 'tolerance'), [(2, 0.0005), (4, 0.01), (10, 0.03), (15, 0.04)])
 def test_rk_keeps_the_variance_of_the_data_in_long_steps(factor, tolerance):
-    """Steps over which 1/σ² grows by `factor`, Gaussian data of any standard deviation: the variance is that of the data."""
+    """In a step 1/σ² grows by `factor`. Gaussian data of any standard deviation keep it."""
     stds = torch.logspace(-1, 0.5, 9, dtype=torch.float64)
     count = int(2 * math.log(80 / 0.0005) / math.log(factor)) + 2
     sigmas = [*(80 * factor ** (-i / 2) for i in range(count)), 0.0]
