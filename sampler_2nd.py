@@ -181,20 +181,25 @@ def euler_step(denoise, x, past, sigma, sigma_next, kappa, noise):
 def taylor_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     """Itô–Taylor of strong order 1.5: D moves over the step as (2) says, with its Jacobian frozen.
 
-        x' = e^{−ah} x + w D + N + J_D [Z + (1−κ) c (D* − x)] + ∂D/∂σ [−(1−κ) c σ]
+        x' = e^{−ah} x + w D + N + J_D [b Z + (1−κ) c (D* − x)] + ∂D/∂σ [−(1−κ) c σ]
 
-    with h = ln(σ/σ'), a = 1 + κ, w = 1 − e^{−ah}, c = h − w/a. The brackets are the tangents of one forward-mode
-    product. D*, the slope of the ODE, may be the previous step's D without loss of order.
+    with h = ln(σ/σ'), a = 1 + κ, w = 1 − e^{−ah}, c = h − w/a and b of `tangent_weight`. The brackets are the tangents
+    of one forward-mode product. D*, the slope of the ODE, may be the previous step's D without loss of order.
     """
     h, a = math.log(sigma / sigma_next), 1 + kappa
     N, Z = noise_pair(noise(), noise(), kappa, sigma_next, h)
-    tangent, sigma_tangent = Z, 0.0
+    tangent, sigma_tangent = tangent_weight(kappa, h) * Z, 0.0
     if kappa != 1:
         D_star = past[-1][1] if past else denoise(x, sigma)
         c = (1 - kappa) * a * h**2 * exp_difference(0, 0, -a * h)
-        tangent, sigma_tangent = Z + c * (D_star - x), -c * sigma
+        tangent, sigma_tangent = tangent + c * (D_star - x), -c * sigma
     D, correction = denoise.jvp(x, sigma, tangent, sigma_tangent)
     return math.exp(-a * h) * x - math.expm1(-a * h) * D + N + correction, D
+
+
+def tangent_weight(kappa, h):
+    """b = 1 + h/4 for κ ≤ 1, else 1: in long steps a frozen Jacobian brings too little variance (docs/method.md)."""
+    return 1 + h / 4 if kappa <= 1 else 1.0
 
 
 def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):

@@ -68,6 +68,7 @@ def taylor_with_drift(net, gnet, guidance):
     def step(denoise, x, past, sigma, sigma_next, kappa, noise):
         h, a = math.log(sigma / sigma_next), 1 + kappa
         N, Z = sampler_2nd.noise_pair(noise(), noise(), kappa, sigma_next, h)
+        Z = sampler_2nd.tangent_weight(kappa, h) * Z
         c = h + math.expm1(-a * h) / a
         D = denoise(x, sigma)
         each = [sampler_2nd.Denoiser(network) for network in (net, gnet)]

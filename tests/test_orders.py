@@ -28,9 +28,9 @@ def test_ablation_misses_the_order_of_its_scheme(row, cache):
     result = orders.measure(row, cache)
     print(orders.format_row(row, result))
     assert result.slope == pytest.approx(row.order, abs=row.tolerance)
-    (whole,) = find(row.kind, row.scheme.split(',')[0], row.problem)
-    assert result.slope < orders.measure(whole, cache).slope - 0.3
-    assert result.errors[-1] > 2 * orders.measure(whole, cache).errors[-1]
+    whole = orders.measure(row._replace(scheme=row.scheme.split(',')[0]), cache)
+    assert math.isnan(whole.slope) or result.slope < whole.slope - 0.3  # nan: lost in Monte Carlo noise
+    assert result.errors[-1] > (10 if math.isnan(whole.slope) else 2) * whole.errors[-1]
 
 
 def find(kind, scheme, problem):

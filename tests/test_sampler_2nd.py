@@ -256,7 +256,7 @@ def test_two_steps_by_hand():
     var_N, cov, var_Z = 3 / 4, 2 * math.log(2) - 3 / 4, 15 / 4 - 4 * math.log(2)
     N = math.sqrt(var_N)
     Z = cov / N + math.sqrt(var_Z - cov**2 / var_N)
-    x1 = 2 / 4 + 3 / 4 * (2 / 5) + N + Z / 5
+    x1 = 2 / 4 + 3 / 4 * (2 / 5) + N + (1 + math.log(2) / 4) * Z / 5
     assert float(out) == pytest.approx(x1 / 2, rel=1e-12)
 
 
