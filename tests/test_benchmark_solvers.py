@@ -25,8 +25,14 @@ def test_rk_has_the_smallest_exact_frechet_distance(samplers, spectrum, rho):
             assert all(ours < theirs / 2 for ours, theirs in zip(results['ddb rk'], values, strict=True)), name
 
 
-@pytest.mark.parametrize(('factor', 'tolerance'), [(2, 0.0005), (4, 0.01), (10, 0.03), (15, 0.04)])
-def test_rk_keeps_the_variance_of_the_data_in_long_steps(factor, tolerance):
+@pytest.mark.parametrize(
+    ('scheme', 'factor', 'tolerance'),
+    [
+        *(('rk', *case) for case in [(2, 0.0005), (4, 0.01), (10, 0.03), (15, 0.04)]),
+        *(('taylor', *case) for case in [(2, 0.002), (4, 0.02)]),
+    ],
+)
+def test_long_steps_keep_the_variance_of_the_data(scheme, factor, tolerance):
     """In a step 1/σ² grows by `factor`. Gaussian data of any standard deviation keep it."""
     stds = torch.logspace(-1, 0.5, 9, dtype=torch.float64)
     count = int(2 * math.log(80 / 0.0005) / math.log(factor)) + 2
@@ -36,7 +42,7 @@ def test_rk_keeps_the_variance_of_the_data_in_long_steps(factor, tolerance):
     def denoise(x, sigma):
         return x * (stds**2 / (stds**2 + torch.as_tensor(sigma).reshape(-1)[:1] ** 2))
 
-    x = peers.OURS['ddb rk'].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
+    x = peers.OURS[f'ddb {scheme}'].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
     assert (x.square().sum(0) / stds**2 - 1).abs().max() < tolerance
 
 

@@ -35,7 +35,7 @@ def example(name):
             'plain_function',
             # The last step is x = D. From white: r = 0.5²/(0.5² + 0.5²) of it, with variance r²·0.5² + r·0.5² = 0.433².
             [
-                'step 59  sigma  0.002  std of x  0.499  of D 0.499',
+                'step 59  sigma  0.002  std of x  0.502  of D 0.502',
                 'images: std 0.50; 60 calls, 59 with a JVP',
                 'from white: mean 0.50, std 0.43',
             ],
