@@ -54,10 +54,9 @@ IMAGES = {
     'Sampler1.2.0/cifar10_N40_rho3_2nd/000000': (32, 'RGB'),
     'Sampler1.2.0/ffhq_N84_rho3_2nd/000000': (64, 'RGB'),
     'out/ddb': (32, 'L'),
-    'out/rk': (32, 'L'),
     'out/photos': (32, 'RGB'),
     'out/digits-16x16': (16, 'L'),
-    'out/digits-classifier/ddb rk': (32, 'L'),
+    'out/digits-classifier/ddb-rk': (32, 'L'),
 }
 NUM_IMAGES = 12
 
