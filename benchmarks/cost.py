@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-from torch_utils import network_io
+from torch_utils import distributed, network_io
 from training import networks
 
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
@@ -95,13 +95,17 @@ def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict
 @click.option('--device', metavar='NAME', default='cpu', show_default=True)
 @torch.no_grad()
 def main(batch: int, rounds: int, dtype: str, device: str) -> None:
+    try:
+        selected = distributed.select_device(device)
+    except ValueError as err:
+        raise click.UsageError(str(err)) from None
     ratios = 'speed-up of forward | plain JVP / plain forward | JVP / plain forward | JVP / forward'
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|')
     for name, make in NETWORKS.items():
         net = make().eval().requires_grad_(False)
         randomize_zeros(net)
-        net.to(device)
+        net.to(selected)
         seconds, distance = measure(net, batch, rounds, torch.bfloat16 if dtype == 'bf16' else torch.float32)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:

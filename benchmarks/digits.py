@@ -35,8 +35,8 @@ class Noise:
         self._generator, self._shape = torch.Generator(device).manual_seed(seed), shape
 
     def fresh(self, *_):
-        like = {'generator': self._generator, 'device': self._generator.device}
-        return torch.randn(self._shape, dtype=torch.float64, **like)
+        source = self._generator
+        return torch.randn(self._shape, generator=source, device=source.device, dtype=torch.float64)
 
     __call__ = fresh
 
@@ -75,20 +75,13 @@ class Result(NamedTuple):
     seconds: float  # per digit
 
 
-def clock(device):
-    """Seconds: of the processors, or, once a GPU has done what it was asked to, on the wall."""
-    if device.type == 'cpu':
-        return time.process_time()
-    torch.ones(1, device=device).item()  # waits
-    return time.perf_counter()
-
-
 def sample(net, sampler, evaluations, rho, num, seed, batch):
     """(uint8 [num, 1, 32, 32], classes [num], seconds)"""
     sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
     classes = torch.arange(num) % net.label_dim
     device = next(net.parameters()).device
-    parts, start = [], clock(device)
+    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+    parts, start = [], clock()
     for i, labels in enumerate(torch.eye(net.label_dim)[classes].split(batch)):
         shape = [len(labels), net.img_channels, net.img_resolution, net.img_resolution]
         noise, network = Noise(seed * 1_000_000 + i, shape, device), sampler_2nd.Denoiser(net, labels.to(device))
@@ -98,9 +91,8 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
 
         with torch.no_grad():
             parts.append(sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise))
-    seconds = clock(device) - start
-    images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()
-    return images, classes, seconds
+    images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()  # waits for a GPU
+    return images, classes, clock() - start
 
 
 def sample_and_judge(judge, net, sampler, evaluations, rho, num, seed, batch):
@@ -163,8 +155,8 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch, devi
     for name in names or samplers:
         cells = []
         for n in counts:
-            of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch, 'network': network_id}
-            of['device'] = device
+            of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch}
+            of |= {'network': network_id, 'device': device}
             found = []
             for seed in range(sets):
                 compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)
