@@ -165,7 +165,7 @@ def test_forward_mode_agrees_with_a_central_difference(class_name, kwargs, wrt):
 
         reference = (4 * central(1e-5) - central(2e-5)) / 3
     assert out.dtype == jvp.dtype == torch.float64
-    assert torch.equal(out, f(primal))
+    assert (out - f(primal)).norm() < 1e-13 * out.norm()
     assert float(reference.norm()) > 1e-3
     assert float((jvp - reference).norm() / reference.norm()) < 1e-6
 
@@ -182,6 +182,31 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@torch.no_grad()
+def test_a_network_compiles_in_one_piece():
+    net = noisy_network('EDMPrecond', label_dim=3, **SONG).float()
+    found = torch._dynamo.explain(net)(torch.randn(2, 1, 8, 8), torch.tensor(0.5), torch.eye(3)[:2])
+    assert found.graph_count == 1, found.break_reasons
+
+
+@torch.no_grad()
+def test_a_network_changes_neither_its_inputs_nor_what_vmap_shares():
+    """Its layers write results over inputs that nobody else needs."""
+    net = noisy_network('EDMPrecond', label_dim=3, **SONG).float()
+    x, dx = torch.randn([2, 2, 1, 8, 8])
+    labels, sigma = torch.eye(3)[:2], torch.tensor(0.5)
+    given = [tensor.clone() for tensor in (x, dx, labels)]
+
+    def along(v):
+        return torch.func.jvp(lambda x: net(x, sigma, labels), (x,), (v,))[1]
+
+    both = torch.func.vmap(along)(torch.stack([dx, 2 * dx]))
+    assert relative(both[0], along(dx)) < 2e-6
+    assert relative(both[1], 2 * along(dx)) < 2e-6
+    for tensor, before in zip((x, dx, labels), given, strict=True):
+        assert torch.equal(tensor, before)
+
+
 @every_network
 def test_the_rules_of_the_layers_agree_with_those_of_pytorch(class_name, kwargs):
     net = noisy_network(class_name, **kwargs).float().requires_grad_(False)
@@ -189,7 +214,7 @@ def test_the_rules_of_the_layers_agree_with_those_of_pytorch(class_name, kwargs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out, jvp = jvp_in_x_and_sigma(net)
-        assert relative(out, own_out) < 1e-6
+        assert relative(out, own_out) < 2e-6
         assert relative(jvp, own) < 3e-6
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         out, jvp = jvp_in_x_and_sigma(net)
@@ -341,7 +366,7 @@ def test_wrong_arguments_are_named():
         networks.GroupNorm(2)
 
 
-def convolution_case(batch=2, channels=96, out_channels=128, height=16, width=17, dtype=torch.float32):
+def convolution_case(batch=2, channels=128, out_channels=128, height=16, width=17, dtype=torch.float32):
     torch.manual_seed(0)
     x = torch.randn(batch, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(out_channels, channels, 3, 3, dtype=dtype) / math.sqrt(9 * channels)

@@ -47,6 +47,7 @@ KNOWN_SOURCES = {
     'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
     'f42da8235e12dafb20a31a64e3bfc5dd8e9fcf46de386ab513321f44e365e63a': 'version 0.1.0 of this project, 26 November',
+    '6bf4850a62925903bbde449df1f0108e2955f3ff2fe6baa568ed60a87e758e68': 'version 0.1.0 of this project, shipped',
 }
 
 ENDINGS = ('.pkl', '.safetensors')

@@ -22,7 +22,6 @@ from torch.nn.functional import (
     dropout,
     group_norm,
     linear,
-    pad,
     scaled_dot_product_attention,
     silu,
 )
@@ -63,31 +62,64 @@ def _split_dual(x, *params):
 
 
 def _have_tangents(*tensors):
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    """A `Parameter` has none: what has one is a tensor in its place."""
+    others = [tensor for tensor in tensors if type(tensor) is not torch.nn.Parameter]
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in others)
+
+
+def _may_overwrite(*tensors):
+    """May a result take the place of an input that nobody else needs? It saves the memory traffic of a new tensor.
+
+    Not where gradients are recorded, nor under `vmap`, where one tensor stands for many. `torch.compile` plans memory
+    by itself.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not any(map(_is_batched, tensors))
+
+
+def _is_batched(tensor):
+    """Is it under `vmap`, perhaps inside other transforms of `torch.func`?"""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _silu(x):
-    """x/(1 + e^−x), in x's place where no gradients are recorded: for tensors that nobody else needs.
+    """x/(1 + e^−x), in x's place where it may: for tensors that nobody else needs. So do `_scale` and `_add`.
 
     The Jacobian is diagonal, so the kernel of the backward pass gives the forward-mode product too.
     """
     x, dx = _split_dual(x)
     if dx is None:
-        return silu(x, inplace=not torch.is_grad_enabled())
-    dy = torch.ops.aten.silu_backward(dx, x)
-    return forward_ad.make_dual(silu(x, inplace=True), dy)
+        return silu(x, inplace=_may_overwrite(x))
+    place = {'grad_input': dx} if _may_overwrite(x, dx) else {}
+    dy = torch.ops.aten.silu_backward(dx, x, **place)
+    return forward_ad.make_dual(silu(x, inplace=_may_overwrite(x)), dy)
 
 
 def _scale(x, factor):
-    """x · factor, without the product with a zero tangent that PyTorch's rule computes for a constant factor."""
+    """x · factor, in x's place, without the product with a zero tangent that PyTorch's rule computes for a constant."""
     x, dx = _split_dual(x, *([factor] if torch.is_tensor(factor) else []))
-    return x * factor if dx is None else forward_ad.make_dual(x * factor, dx * factor)
+    y = _multiply(x, factor)
+    return y if dx is None else forward_ad.make_dual(y, _multiply(dx, factor))
 
 
-def _shift(x, offset):
-    """x + offset, without the sum with a zero tangent."""
-    x, dx = _split_dual(x, offset)
-    return x + offset if dx is None else forward_ad.make_dual(x + offset, dx)
+def _multiply(x, factor):
+    may = _may_overwrite(x, factor) if torch.is_tensor(factor) else _may_overwrite(x)
+    return x.mul_(factor) if may else x * factor
+
+
+def _add(x, y):
+    """x + y, in x's place, without the sum with a zero tangent."""
+    x, dx = _split_dual(x)
+    if dx is None:
+        return x.add_(y) if _may_overwrite(x, y) else x + y
+    y, dy = _split_dual(y)
+    return forward_ad.make_dual(_add(x, y), dx if dy is None else _add(dx, dy))
 
 
 def _dropout(x, p):
@@ -114,7 +146,7 @@ def _dropout(x, p):
 # 1e-6 relative, twice that of PyTorch's own convolution. benchmarks/cost.py tells what it saves.
 
 
-WIDE = 2**13  # input times output channels
+WIDE = 2**14  # input times output channels
 
 
 def _conv3x3(x, weight, bias):
@@ -146,12 +178,18 @@ def _winograd(x, weight, bias):
 
 def _image_rows(x):
     """Bᵀ d: six times [N H/4, C, 1, W]. Rows as images, for which PyTorch takes the same kernel whatever N is."""
-    x = pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1))
+    x = _pad_rows(x.permute(0, 2, 3, 1))
     d = [x[:, i : x.shape[1] - 5 + i : 4] for i in range(6)]
     p, q = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
     r, s = d[4] - d[2], (d[3] - d[1]).mul_(2)
     first, last = torch.add(p, d[0], alpha=4).sub_(d[2]), (d[5] - d[3]).sub_(s, alpha=2)
     return [_as_images(rows) for rows in (first, p + q, p - q, r + s, r - s, last)]
+
+
+def _pad_rows(x):
+    """A row of zeros above and below, [N, H, ...] → [N, H + 2, ...]; PyTorch's `pad` writes the whole of it twice."""
+    zeros = x.new_zeros([x.shape[0], 1, *x.shape[2:]])
+    return torch.cat([zeros, x, zeros], dim=1)
 
 
 def _as_images(rows):
@@ -308,10 +346,10 @@ class GroupNorm(torch.nn.Module):
         if x.device.type != 'cpu':  # the kernels of GPUs know one layout only
             x, dx = x.contiguous(), dx.contiguous()
         # The Jacobian without the affine part is symmetric, so the kernel of the backward pass gives its products.
-        size = [x.shape[0], x.shape[1], x[0, 0].numel(), self.num_groups]
+        size = [x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.num_groups]
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.eps)
         dy, _, _ = torch.ops.aten.native_group_norm_backward(dx, x, mean, rstd, None, *size, [True, False, False])
-        return forward_ad.make_dual(y, dy * weight[:, None, None])
+        return forward_ad.make_dual(y, _multiply(dy, weight.view(-1, *[1] * (x.ndim - 2))))
 
 
 class AttentionOp:
@@ -329,36 +367,39 @@ class AttentionOp:
 
 def _attention(q, k, v):
     """v wᵀ with the weights w of `AttentionOp`.  q, k, v: [B, c, L] → [B, c, L]."""
-    (q, dq), (k, dk), (v, dv) = _split_dual(q), _split_dual(k), _split_dual(v)
-    if dq is not None:
-        slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, dq, dk, dv)]
-        return forward_ad.make_dual(torch.cat([a for a, _ in slices]), torch.cat([da for _, da in slices]))
-    if torch.is_grad_enabled():
+    duals = [_split_dual(each) for each in (q, k, v)]
+    differentiate = duals[0][1] is not None
+    if torch.is_grad_enabled() and not differentiate:
         return v @ AttentionOp.apply(q, k).transpose(1, 2)
-    # The same in one kernel, which has no forward mode. It is fast on rows only.
-    q, k, v = (each.transpose(1, 2).contiguous()[None] for each in (q, k, v))
-    return scaled_dot_product_attention(q, k, v)[0].transpose(1, 2)
+    # What follows is fast on rows only.
+    q, k, v = (primal.transpose(1, 2).contiguous() for primal, _ in duals)
+    if not differentiate:  # the same in one kernel, which has no forward mode
+        return scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(1, 2)
+    tangents = [tangent.transpose(1, 2).contiguous() for _, tangent in duals]
+    slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, *tangents)]
+    a, da = (torch.cat(parts).transpose(1, 2) for parts in zip(*slices, strict=True))
+    return forward_ad.make_dual(a, da)
 
 
 def _cached_slices(*tensors):
     """Slices of the batch whose weights fit into a processor's cache; the whole batch where that does not matter."""
-    batch, _, length = tensors[0].shape
+    batch, length, _ = tensors[0].shape
     size = max(_CACHED_WEIGHTS // length**2, 1) if tensors[0].device.type == 'cpu' else batch
     return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
 
 
-_CACHED_WEIGHTS = 2**20  # 4 MB in float32
+_CACHED_WEIGHTS = 2**19  # 2 MB in float32
 
 
 def _attention_with_tangent(q, k, v, dq, dk, dv):
-    """a = v wᵀ and da = dv wᵀ + v dwᵀ.  With the tangent l of the logits: dw = w l − w Σ(w l), sums over the keys."""
-    w = AttentionOp.apply(q, k)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    left = torch.cat([dq, q], dim=1).to(wide) / math.sqrt(q.shape[1])
-    wl = (left.transpose(1, 2) @ torch.cat([k, dk], dim=1).to(wide)).mul_(w)  # in place: this is the largest tensor
-    a, dv_w = (torch.cat([v, dv], dim=1) @ w.transpose(1, 2)).chunk(2, dim=1)
-    da = torch.baddbmm(dv_w, v, wl.to(v.dtype).transpose(1, 2))
-    return a, torch.addcmul(da, a, wl.sum(dim=2).to(v.dtype)[:, None], value=-1)
+    """a = w v and da = w dv + dw v, [B, L, c].  With the logits' tangent l: dw = w l − w Σ(w l), sums over the keys."""
+    w = AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2))
+    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[2])
+    q, k, dq, dk = (each.to(wide) for each in (q, k, dq, dk))
+    wl = torch.baddbmm(dq @ k.transpose(1, 2), q, dk.transpose(1, 2), beta=scale, alpha=scale).mul_(w)
+    a = w @ v
+    da = torch.baddbmm(w @ dv, wl.to(v.dtype), v)
+    return a, torch.addcmul(da, a, wl.sum(dim=2, keepdim=True).to(v.dtype), value=-1)
 
 
 @persistence.persistent_class
@@ -415,14 +456,14 @@ class UNetBlock(torch.nn.Module):
         h = self.conv0(_silu(self.norm0(x)))
         h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
         h = self.conv1(_dropout(h, self.dropout if self.training else 0))
-        x = _scale(h + (x if self.skip is None else self.skip(x)), self.skip_scale)
-        return _scale(self._attend(x) + x, self.skip_scale) if self.num_heads else x
+        x = _scale(_add(h, x if self.skip is None else self.skip(x)), self.skip_scale)
+        return _scale(_add(self._attend(x), x), self.skip_scale) if self.num_heads else x
 
     def _modulate(self, h, params):
         if not self.adaptive_scale:
-            return _silu(self.norm1(_shift(h, params)))
+            return _silu(self.norm1(_add(h, params)))
         scale, shift = params.chunk(2, dim=1)
-        return _silu(_shift(_scale(self.norm1(h), scale + 1), shift))
+        return _silu(_add(_scale(self.norm1(h), scale + 1), shift))
 
     def _attend(self, x):
         # The 3·C channels of qkv run over heads first, then channels of a head, then {q, k, v}.
