@@ -165,7 +165,7 @@ def test_forward_mode_agrees_with_a_central_difference(class_name, kwargs, wrt):
 
         reference = (4 * central(1e-5) - central(2e-5)) / 3
     assert out.dtype == jvp.dtype == torch.float64
-    assert (out - f(primal)).norm() < 1e-13 * out.norm()
+    assert torch.equal(out, f(primal))
     assert float(reference.norm()) > 1e-3
     assert float((jvp - reference).norm() / reference.norm()) < 1e-6
 
@@ -214,7 +214,7 @@ def test_the_rules_of_the_layers_agree_with_those_of_pytorch(class_name, kwargs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out, jvp = jvp_in_x_and_sigma(net)
-        assert relative(out, own_out) < 2e-6
+        assert relative(out, own_out) < 1e-6
         assert relative(jvp, own) < 3e-6
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         out, jvp = jvp_in_x_and_sigma(net)

@@ -63,7 +63,7 @@ def _split_dual(x, *params):
 
 def _have_tangents(*tensors):
     """A `Parameter` has none: what has one is a tensor in its place."""
-    others = [tensor for tensor in tensors if type(tensor) is not torch.nn.Parameter]
+    others = [each for each in tensors if torch.is_tensor(each) and type(each) is not torch.nn.Parameter]
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in others)
 
 
@@ -81,7 +81,7 @@ def _may_overwrite(*tensors):
 def _is_batched(tensor):
     """Is it under `vmap`, perhaps inside other transforms of `torch.func`?"""
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while torch.is_tensor(tensor) and functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
         tensor = functorch.get_unwrapped(tensor)
@@ -94,23 +94,22 @@ def _silu(x):
     The Jacobian is diagonal, so the kernel of the backward pass gives the forward-mode product too.
     """
     x, dx = _split_dual(x)
+    may = _may_overwrite(x, dx)
     if dx is None:
-        return silu(x, inplace=_may_overwrite(x))
-    place = {'grad_input': dx} if _may_overwrite(x, dx) else {}
-    dy = torch.ops.aten.silu_backward(dx, x, **place)
-    return forward_ad.make_dual(silu(x, inplace=_may_overwrite(x)), dy)
+        return silu(x, inplace=may)
+    dy = torch.ops.aten.silu_backward(dx, x, **({'grad_input': dx} if may else {}))
+    return forward_ad.make_dual(silu(x, inplace=may), dy)
 
 
 def _scale(x, factor):
     """x · factor, in x's place, without the product with a zero tangent that PyTorch's rule computes for a constant."""
-    x, dx = _split_dual(x, *([factor] if torch.is_tensor(factor) else []))
+    x, dx = _split_dual(x, factor)
     y = _multiply(x, factor)
     return y if dx is None else forward_ad.make_dual(y, _multiply(dx, factor))
 
 
 def _multiply(x, factor):
-    may = _may_overwrite(x, factor) if torch.is_tensor(factor) else _may_overwrite(x)
-    return x.mul_(factor) if may else x * factor
+    return x.mul_(factor) if _may_overwrite(x, factor) else x * factor
 
 
 def _add(x, y):
@@ -349,7 +348,7 @@ class GroupNorm(torch.nn.Module):
         size = [x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.num_groups]
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.eps)
         dy, _, _ = torch.ops.aten.native_group_norm_backward(dx, x, mean, rstd, None, *size, [True, False, False])
-        return forward_ad.make_dual(y, _multiply(dy, weight.view(-1, *[1] * (x.ndim - 2))))
+        return forward_ad.make_dual(y, _multiply(dy, weight[:, None, None]))
 
 
 class AttentionOp:
@@ -368,17 +367,18 @@ class AttentionOp:
 def _attention(q, k, v):
     """v wᵀ with the weights w of `AttentionOp`.  q, k, v: [B, c, L] → [B, c, L]."""
     duals = [_split_dual(each) for each in (q, k, v)]
-    differentiate = duals[0][1] is not None
-    if torch.is_grad_enabled() and not differentiate:
-        return v @ AttentionOp.apply(q, k).transpose(1, 2)
     # What follows is fast on rows only.
     q, k, v = (primal.transpose(1, 2).contiguous() for primal, _ in duals)
-    if not differentiate:  # the same in one kernel, which has no forward mode
-        return scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(1, 2)
-    tangents = [tangent.transpose(1, 2).contiguous() for _, tangent in duals]
-    slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, *tangents)]
-    a, da = (torch.cat(parts).transpose(1, 2) for parts in zip(*slices, strict=True))
-    return forward_ad.make_dual(a, da)
+    if duals[0][1] is not None:
+        tangents = [tangent.transpose(1, 2).contiguous() for _, tangent in duals]
+        slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, *tangents)]
+        a, da = (torch.cat(parts).transpose(1, 2).contiguous() for parts in zip(*slices, strict=True))
+        return forward_ad.make_dual(a, da)
+    if torch.is_grad_enabled():
+        a = AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2)) @ v
+        return a.transpose(1, 2).contiguous()  # PyTorch's forward mode of group norm takes nothing else
+    # The same in one kernel, which has no forward mode.
+    return scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(1, 2)
 
 
 def _cached_slices(*tensors):
