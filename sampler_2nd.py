@@ -68,8 +68,8 @@ def ito_taylor_sampler(
     | taylor | 2 normals      | 1 evaluation with 1 JVP          | 1.5 / 2                   |
     | rk     | 2 normals      | 1 evaluation                     | 1.5 / 2, for eta = 1 only |
 
-    The last step, from the smallest noise level to zero, is x = D(x; σ) in every scheme. In all, `euler` and `taylor`
-    evaluate the network `num_steps` times, `rk` once more (so does `taylor` if eta ≠ 1 in the first step).
+    The last step, from the smallest noise level to zero, is x = D(x; σ) in every scheme. In all, each of them evaluates
+    the network `num_steps` times.
 
     Args:
         net: denoiser; `net(x, sigma, class_labels)` with x of shape [N, …] and a 0-dim sigma returns D(x; σ). It is
@@ -190,7 +190,7 @@ def taylor_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     N, Z = noise_pair(noise(), noise(), kappa, sigma_next, h)
     tangent, sigma_tangent = tangent_weight(kappa, h) * Z, 0.0
     if kappa != 1:
-        D_star = past[-1][1] if past else denoise(x, sigma)
+        D_star = past[-1][1] if past else guess_D(x, sigma)
         c = (1 - kappa) * a * h**2 * exp_difference(0, 0, -a * h)
         tangent, sigma_tangent = tangent + c * (D_star - x), -c * sigma
     D, correction = denoise.jvp(x, sigma, tangent, sigma_tangent)
@@ -213,7 +213,7 @@ def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):
     D as the order 1.5 demands. D̂ predicts D from the past steps.
     """
     z1, z2 = noise(), noise()
-    D_hat = predict_D(past, sigma) if past else denoise(x, sigma)
+    D_hat = predict_D(past, sigma) if past else guess_D(x, sigma)
     tau, tau_next = sigma**-2, sigma_next**-2
     h = tau_next - tau
     tau_m = tau + h / 3
@@ -240,6 +240,14 @@ def predict_D(past, sigma):
     e_0, e_1 = (tau_0 + tau_1) / 2, (tau_1 + tau) / 2
     ahead = math.log(tau / e_1) / math.log(e_1 / e_0) * (e_0 + e_1) / (2 * math.sqrt(e_0 * e_1))
     return D_1 + ahead * (D_1 - D_0)
+
+
+def guess_D(x, sigma):
+    """D of standard normal data, for a first step, which has no past: not evaluated, as it need not be good.
+
+    It is multiplied by h² J_D, in one step only, which costs no order. And J_D is small where sampling starts.
+    """
+    return x / (1 + sigma**2)
 
 
 SCHEMES = {'euler': euler_step, 'taylor': taylor_step, 'rk': rk_step}

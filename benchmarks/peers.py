@@ -237,7 +237,7 @@ PEERS = {
 }
 OURS = {
     'ddb taylor': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='taylor'), True, 2, -1),
-    'ddb rk': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='rk'), True, 1, 1),
+    'ddb rk': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='rk'), True),
 }
 
 

@@ -42,9 +42,9 @@ def example(name):
         ),
         (
             'k_diffusion_model',
-            ['class 0: mean -0.50, std 0.20', 'class 1: mean 0.50, std 0.20', '41 calls, 0 with a JVP'],
+            ['class 0: mean -0.50, std 0.20', 'class 1: mean 0.50, std 0.20', '40 calls, 0 with a JVP'],
         ),
-        ('diffusers_unet', ['images: std 0.50; 41 calls']),
+        ('diffusers_unet', ['images: std 0.50; 40 calls']),
     ],
 )
 def test_script_prints_the_exact_numbers(name, lines):

@@ -431,7 +431,7 @@ def test_options_reach_the_sampler(network_files, tmp_path, sampler_arguments, a
         (['--steps=18', '--solver=euler'], 18, 0),
         (['--steps=1'], 1, 0),
         (['--steps=40', '--randn_like=ddb', '--rho=3'], 40, 39),
-        (['--steps=40', '--randn_like=ddb', '--scheme=rk'], 41, 0),
+        (['--steps=40', '--randn_like=ddb', '--scheme=rk'], 40, 0),
         (['--steps=1', '--randn_like=ddb'], 1, 0),
     ],
 )

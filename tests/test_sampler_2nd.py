@@ -221,16 +221,16 @@ def test_networks_for_other_images_cannot_guide(net, gnet, message):
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'calls', 'jvp_calls', 'draws'),
+    ('kwargs', 'jvp_calls', 'draws'),
     [
-        ({'scheme': 'euler'}, 10, 0, 9),
-        ({'scheme': 'taylor'}, 10, 9, 18),
-        ({'scheme': 'rk'}, 11, 0, 18),
-        ({'scheme': 'taylor', 'eta': 0.5}, 11, 9, 18),
-        ({'scheme': 'taylor', 'eta': 0}, 11, 9, 18),
+        ({'scheme': 'euler'}, 0, 9),
+        ({'scheme': 'taylor'}, 9, 18),
+        ({'scheme': 'rk'}, 0, 18),
+        ({'scheme': 'taylor', 'eta': 0.5}, 9, 18),
+        ({'scheme': 'taylor', 'eta': 0}, 9, 18),
     ],
 )
-def test_calls_are_counted(kwargs, calls, jvp_calls, draws):
+def test_each_scheme_evaluates_once_per_step(kwargs, jvp_calls, draws):
     net, drawn = CountCalls(Gaussian()), []
 
     def randn_like(x):
@@ -238,7 +238,7 @@ def test_calls_are_counted(kwargs, calls, jvp_calls, draws):
         return torch.randn_like(x)
 
     ito_taylor_sampler(net, torch.randn(2, 1, 4, 4), randn_like=randn_like, num_steps=10, **kwargs)
-    assert (net.calls, net.jvp_calls, len(drawn)) == (calls, jvp_calls, draws)
+    assert (net.calls, net.jvp_calls, len(drawn)) == (10, jvp_calls, draws)
 
 
 @pytest.mark.parametrize('scheme', SCHEMES)
