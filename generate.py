@@ -467,9 +467,14 @@ def load_network(
 
     on_rank0(load)
     net = (loaded[0] if loaded else network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
-    if device.type == 'cpu' and isinstance(net, Precond):
-        # Convolutions are faster so (benchmarks/cost.py). Others' networks may lose their forward mode by it.
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return prepare_for_cpu(net) if device.type == 'cpu' else net
+
+
+def prepare_for_cpu(net: torch.nn.Module) -> torch.nn.Module:
+    """The same network, faster: benchmarks/cost.py measures by how much."""
+    misc.keep_freed_memory()
+    if isinstance(net, Precond):  # others' networks may lose their forward mode by it
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
 
 

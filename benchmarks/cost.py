@@ -3,18 +3,21 @@
     python benchmarks/cost.py
 
 Every network runs in two ways: as generate.py runs it, and as straightforward eager PyTorch would (`plain`: channels
-first, PyTorch's own forward-mode rules, attention by matrix products). The four take turns, so that a busy machine
-slows them all; each ratio is the median over the rounds. The last column is the relative distance between the tangents
-of the two ways. `--dtype=bf16` runs the same under autocast, `--device=cuda` on a GPU.
+first, PyTorch's own forward-mode rules, attention by matrix products, a new tensor for every result, memory as the C
+library keeps it). The four take turns, so that a busy machine slows them all; each ratio is the median over the rounds,
+of several pairs of processes, since how much new memory costs one of them is a matter of luck. The last column is the
+relative distance between the tangents of the two ways. `--dtype=bf16` runs the same under autocast, `--device=cuda` on
+a GPU.
 """
 
 import contextlib
-import copy
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import click
@@ -22,8 +25,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
+import generate
 from torch_utils import distributed, network_io
 from training import networks
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
@@ -37,14 +43,15 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    ours = networks._split_dual, networks._attention, networks._winograd_pays
+    ours = networks._split_dual, networks._may_overwrite, networks._attention, networks._winograd_pays
     networks._split_dual = lambda x, *params: (x, None)
+    networks._may_overwrite = lambda *tensors: False
     networks._attention = lambda q, k, v: v @ networks.AttentionOp.apply(q, k).transpose(1, 2)
     networks._winograd_pays = lambda x, weight: False
     try:
         yield
     finally:
-        networks._split_dual, networks._attention, networks._winograd_pays = ours
+        networks._split_dual, networks._may_overwrite, networks._attention, networks._winograd_pays = ours
 
 
 def randomize_zeros(net: torch.nn.Module) -> None:
@@ -55,65 +62,108 @@ def randomize_zeros(net: torch.nn.Module) -> None:
             torch.nn.init.normal_(weight, std=0.02)
 
 
-def measure(net: Any, batch: int, rounds: int, dtype: torch.dtype) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each round by way, and the relative distance between the two tangents."""
-    device = next(net.parameters()).device
-    x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+class Arm:
+    """One way to run a network, in a process of its own, since how memory is kept concerns a whole process."""
+
+    def __init__(self, kind: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
+        self._pipe, theirs = multiprocessing.get_context('spawn').Pipe()
+        self._process = multiprocessing.get_context('spawn').Process(
+            target=serve, args=(theirs, kind, name, batch, dtype, device), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __call__(self, way: str) -> tuple[float, torch.Tensor]:
+        """Seconds, and the result, of 'forward' or 'jvp'."""
+        self._pipe.send(way)
+        seconds, result = self._pipe.recv()
+        return seconds, torch.from_numpy(result)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+@torch.no_grad()
+def serve(pipe: Connection, kind: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
+    """The process of an `Arm`: answer until the other end of the pipe is closed."""
+    calls = prepare(name, kind, batch, dtype, device)
+    with plain() if kind == 'plain' else contextlib.nullcontext():
+        while True:
+            try:
+                way = pipe.recv()
+            except EOFError:
+                return
+            start = time.perf_counter()
+            result = calls[way]()
+            result[0, 0, 0, 0].item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+            pipe.send((seconds, result.float().cpu().numpy()))
+
+
+def prepare(name: str, kind: str, batch: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """What to time, by way: the denoised images, and their tangent. Equal for all kinds but for rounding."""
+    torch.manual_seed(0)
+    net: Any = NETWORKS[name]().eval().requires_grad_(False)
+    randomize_zeros(net)
+    net.to(device)
+    if kind == 'ours' and device == 'cpu':
+        generate.prepare_for_cpu(net)
+    x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution]).to(device)
     sigma = torch.linspace(0.1, 2, batch, device=device)
     classes = torch.arange(batch, device=device)
     labels = torch.eye(net.label_dim, device=device)[classes % net.label_dim] if net.label_dim else None
 
-    def forward(net: Any) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    def forward(x: torch.Tensor = x) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             return net(x, sigma, labels)
 
-    def jvp(net: Any) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return torch.func.jvp(lambda x: net(x, sigma, labels), (x,), (tangent,))[1]
+    return {'forward': forward, 'jvp': lambda: torch.func.jvp(forward, (x,), (tangent,))[1]}
 
-    ours = copy.deepcopy(net)
-    if device.type == 'cpu':
-        ours.to(memory_format=torch.channels_last)
+
+def measure(
+    name: str, batch: int, rounds: int, pairs: int, dtype: torch.dtype, device: str
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each round by way, and the relative distance between the two tangents."""
     seconds: dict[str, list[float]] = {}
-    for _ in range(rounds + 1):
-        for way, call in [('forward', forward), ('jvp', jvp)]:
-            for kind, arm, context in [('ours', ours, contextlib.nullcontext()), ('plain', net, plain())]:
-                with context:
-                    start = time.perf_counter()
-                    call(arm)[0, 0, 0, 0].item()  # waits for a GPU
-                    seconds.setdefault(f'{kind} {way}', []).append(time.perf_counter() - start)
-    with plain():
-        expected = jvp(net)
-    distance = float((jvp(ours) - expected).norm() / expected.norm())
-    return {way: values[1:] for way, values in seconds.items()}, distance  # the first round warms up
+    tangents: dict[str, torch.Tensor] = {}
+    for _ in range(pairs):
+        arms = {kind: Arm(kind, name, batch, dtype, device) for kind in ('ours', 'plain')}
+        for i in range(rounds + 1):
+            for way in ('forward', 'jvp'):
+                for kind, arm in arms.items():
+                    taken, tangents[kind] = arm(way)
+                    if i > 0:  # the first round warms up
+                        seconds.setdefault(f'{kind} {way}', []).append(taken)
+        for arm in arms.values():
+            arm.close()
+    distance = float((tangents['ours'] - tangents['plain']).norm() / tangents['plain'].norm())
+    return seconds, distance
 
 
 @click.command()
 @click.option('--batch', type=click.IntRange(min=1), default=16, show_default=True)
 @click.option('--rounds', type=click.IntRange(min=1), default=5, show_default=True)
-@click.option('--dtype', type=click.Choice(['fp32', 'bf16']), default='fp32', show_default=True)
+@click.option('--pairs', help='Of processes', type=click.IntRange(min=1), default=3, show_default=True)
+@click.option('--dtype', type=click.Choice(list(DTYPES)), default='fp32', show_default=True)
 @click.option('--device', metavar='NAME', default='cpu', show_default=True)
-@torch.no_grad()
-def main(batch: int, rounds: int, dtype: str, device: str) -> None:
+def main(batch: int, rounds: int, pairs: int, dtype: str, device: str) -> None:
     try:
-        selected = distributed.select_device(device)
+        distributed.select_device(device)
     except ValueError as err:
         raise click.UsageError(str(err)) from None
     ratios = 'speed-up of forward | plain JVP / plain forward | JVP / plain forward | JVP / forward'
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|')
-    for name, make in NETWORKS.items():
-        net = make().eval().requires_grad_(False)
-        randomize_zeros(net)
-        net.to(selected)
-        seconds, distance = measure(net, batch, rounds, torch.bfloat16 if dtype == 'bf16' else torch.float32)
+    for name in NETWORKS:
+        seconds, distance = measure(name, batch, rounds, pairs, DTYPES[dtype], device)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))
 
-        pairs = [('plain forward', 'ours forward'), ('plain jvp', 'plain forward')]
-        pairs += [('ours jvp', 'plain forward'), ('ours jvp', 'ours forward')]
-        print(f'| {name} | ' + ' | '.join(f'{ratio(*pair):.2f}' for pair in pairs) + f' | {distance:.1e} |')
+        columns = [('plain forward', 'ours forward'), ('plain jvp', 'plain forward')]
+        columns += [('ours jvp', 'plain forward'), ('ours jvp', 'ours forward')]
+        print(f'| {name} | ' + ' | '.join(f'{ratio(*pair):.2f}' for pair in columns) + f' | {distance:.1e} |')
 
 
 if __name__ == '__main__':

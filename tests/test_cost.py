@@ -18,24 +18,29 @@ def net():
     return net
 
 
-def convolutions(net):
+def count_operations(net):
     x, tangent = torch.randn([2, 2, 1, 8, 8])
     with CountOps() as ops:
         torch.func.jvp(lambda x: net(x, torch.ones(2)), (x,), (tangent,))
-    return ops.counts['aten.convolution']
+    return ops.counts
 
 
 @torch.no_grad()
 def test_plain_is_pytorch_without_our_rules(net):
-    ours = convolutions(net)
+    ours = count_operations(net)
     with cost.plain():
-        assert 2 * convolutions(net) == 3 * ours  # PyTorch convolves with the zero tangent of the weight as well
-    assert convolutions(net) == ours
+        plain = count_operations(net)
+    # PyTorch convolves with the zero tangent of the weight as well.
+    assert 2 * plain['aten.convolution'] == 3 * ours['aten.convolution']
+    in_place = ['aten.silu_', 'aten.add_', 'aten.mul_']
+    assert all(ours[name] > 0 and plain[name] == 0 for name in in_place)
+    assert count_operations(net) == ours
 
 
-@torch.no_grad()
-def test_measure_times_four_ways_and_compares_the_tangents(net):
-    seconds, distance = cost.measure(net, batch=2, rounds=2, dtype=torch.float32)
+def test_measure_times_four_ways_and_compares_the_tangents():
+    seconds, distance = cost.measure(
+        'the shipped network', batch=2, rounds=2, pairs=1, dtype=torch.float32, device='cpu'
+    )
     assert {way: len(values) for way, values in seconds.items()} == dict.fromkeys(
         ['ours forward', 'plain forward', 'ours jvp', 'plain jvp'], 2
     )

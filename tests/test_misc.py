@@ -1,8 +1,12 @@
 import itertools
 import json
+import platform
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,42 @@ from hypothesis import strategies as st
 
 from torch_utils import misc
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((Path(__file__).parent / 'data' / 'edm_infinite_sampler.json').read_text())
+
+
+# ----------------------------------------------------------------------------
+# keep_freed_memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc can be told')
+def test_freed_memory_is_used_again():
+    """Counted in pages of memory that are new to a process; 16 to 256 MB are 4,096 to 65,536 of them."""
+    script = (
+        'import resource, torch\n'
+        'from torch_utils import misc\n'
+        'def new_pages():\n'
+        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        '    for size in (2**22, 2**24, 2**26):\n'
+        '        torch.zeros(size)\n'
+        '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n'
+        'new_pages()\n'
+        'before = new_pages()\n'
+        'assert misc.keep_freed_memory()\n'
+        'new_pages(), new_pages()\n'
+        'print(before, new_pages())\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 50_000
+    assert after < 100
+
+
+@pytest.mark.parametrize(('platform_name', 'library'), [('darwin', SimpleNamespace(mallopt=None)), ('linux', object())])
+def test_memory_is_left_alone_where_the_c_library_has_no_mallopt(monkeypatch, platform_name, library):
+    monkeypatch.setattr(misc.sys, 'platform', platform_name)
+    monkeypatch.setattr(misc.ctypes, 'CDLL', lambda name: library)
+    assert not misc.keep_freed_memory()
 
 
 # ----------------------------------------------------------------------------

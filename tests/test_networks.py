@@ -286,7 +286,7 @@ def test_second_derivatives_and_tangents_in_parameters_take_the_rules_of_pytorch
 def test_attention_in_slices_is_attention_over_the_whole_batch(monkeypatch):
     net = noisy_network('EDMPrecond', **ADM | {'label_dim': 3}).float()
     whole = jvp_in_x_and_sigma(net)
-    monkeypatch.setattr(networks, '_CACHED_WEIGHTS', 1)
+    monkeypatch.setattr(networks, '_L2', 1)
     sliced = jvp_in_x_and_sigma(net)
     assert max(relative(a, b) for a, b in zip(sliced, whole, strict=True)) < 1e-6
 
@@ -409,10 +409,12 @@ def test_convolution_by_winograd_under_torch_func():
 
 
 @torch.no_grad()
-def test_convolution_by_winograd_where_it_pays_whatever_the_batch():
-    x, weight, bias = convolution_case(batch=3)
+def test_convolution_by_winograd_where_it_pays_whatever_the_batch(monkeypatch):
+    x, weight, bias = convolution_case(batch=18)
+    monkeypatch.setattr(networks, '_L3', 15 * x[0].numel())  # so the last three are a slice of their own
     y = networks._conv3x3(x, weight, bias)
-    for i in range(3):
+    assert relative(y, torch.nn.functional.conv2d(x, weight, bias, padding=1)) < 2e-6
+    for i in (0, 14, 15, 17):
         assert torch.equal(networks._conv3x3(x[i : i + 1], weight, bias), y[i : i + 1])
     narrow = weight[:64]
     with torch.autocast('cpu', torch.bfloat16):

@@ -146,17 +146,14 @@ def _dropout(x, p):
 
 
 WIDE = 2**14  # input times output channels
+_L2, _L3 = 2**19, 2**21  # numbers that fit into a processor's second and third cache: 2 and 8 MB in float32
 
 
 def _conv3x3(x, weight, bias):
-    """3×3 convolution, padding 1."""
-    if not _winograd_pays(x, weight):
+    """3×3 convolution, padding 1. Tangents, which `Conv2d` keeps apart where it can, are left to PyTorch's rules."""
+    if not _winograd_pays(x, weight) or _have_tangents(x, weight, bias):
         return conv2d(x, weight, bias, padding=1)
-    if not torch.is_grad_enabled():
-        return _winograd(x, weight, bias)
-    if _have_tangents(x, weight, *([] if bias is None else [bias])):
-        return conv2d(x, weight, bias, padding=1)  # forward mode with gradients enabled: PyTorch's rules
-    return _Winograd.apply(x, weight, bias)
+    return (_Winograd.apply if torch.is_grad_enabled() else _winograd)(x, weight, bias)
 
 
 def _winograd_pays(x, weight):
@@ -164,15 +161,21 @@ def _winograd_pays(x, weight):
     if x.device.type != 'cpu' or x.dtype != torch.float32 or x.stride(1) != 1 or x.shape[2] % 4:
         return False
     many = weight.shape[0] * weight.shape[1] >= WIDE and x.shape[2] * x.shape[3] >= 2**8
-    return many and not torch.is_autocast_enabled('cpu')  # half precision would lose too much in the sums
+    half = torch.is_autocast_enabled('cpu')  # would lose too much in the sums
+    return many and not half and not _is_batched(x) and not torch.compiler.is_compiling()
 
 
 def _winograd(x, weight, bias):
-    d, g = _image_rows(x), _kernel_rows(weight)
-    # The second product enters all four rows with factor 1, so it brings the bias along.
-    rows = _result_rows([conv2d(d[i], g[i], bias if i == 1 else None, padding=(0, 1)) for i in range(6)])
-    y = torch.cat([row.permute(0, 2, 3, 1) for row in rows], dim=1)  # [N H/4, 4, W, out]
-    return y.unflatten(0, (x.shape[0], -1)).flatten(1, 2).permute(0, 3, 1, 2)
+    """A few images at a time, so that what lies between x and y stays in the cache."""
+    g, (_, _, height, width) = _kernel_rows(weight), x.shape
+    y = x.new_empty([x.shape[0], height, width, weight.shape[0]])
+    size = max(_L3 // math.prod(x.shape[1:]), 1)
+    for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
+        d = _image_rows(x_part)
+        # The second product enters all four rows with factor 1, so it brings the bias along.
+        m = [conv2d(d[i], g[i], bias if i == 1 else None, padding=(0, 1)) for i in range(6)]
+        _write_result_rows(y_part.view(-1, 4, width, weight.shape[0]), [each[:, :, 0].transpose(1, 2) for each in m])
+    return y.permute(0, 3, 1, 2)
 
 
 def _image_rows(x):
@@ -180,9 +183,10 @@ def _image_rows(x):
     x = _pad_rows(x.permute(0, 2, 3, 1))
     d = [x[:, i : x.shape[1] - 5 + i : 4] for i in range(6)]
     p, q = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
-    r, s = d[4] - d[2], (d[3] - d[1]).mul_(2)
-    first, last = torch.add(p, d[0], alpha=4).sub_(d[2]), (d[5] - d[3]).sub_(s, alpha=2)
-    return [_as_images(rows) for rows in (first, p + q, p - q, r + s, r - s, last)]
+    r, s = d[4] - d[2], d[3] - d[1]
+    first, last = torch.add(p, d[0], alpha=4).sub_(d[2]), (d[5] - d[3]).sub_(s, alpha=4)
+    rows = [first, p + q, p.sub_(q), torch.add(r, s, alpha=2), r.sub_(s, alpha=2), last]
+    return [_as_images(each) for each in rows]
 
 
 def _pad_rows(x):
@@ -205,10 +209,13 @@ def _kernel_rows(weight):
     return [row.contiguous(memory_format=torch.channels_last) for row in rows]
 
 
-def _result_rows(m):
-    """Aᵀ m: the four rows, each [N H/4, out, 1, W]."""
-    p, q, r, s = m[1] + m[2], m[1] - m[2], m[3] + m[4], m[3] - m[4]
-    return (m[0] + p).add_(r), torch.add(q, s, alpha=2), torch.add(p, r, alpha=4), (m[5] + q).add_(s, alpha=8)
+def _write_result_rows(y, m):
+    """Aᵀ m: four rows, into y: [N H/4, 4, W, out], of six: [N H/4, W, out] each."""
+    p, q, r, s = m[1] + m[2], m[1].sub_(m[2]), m[3] + m[4], m[3].sub_(m[4])
+    torch.add(m[0], p, out=y[:, 0]).add_(r)
+    torch.add(q, s, alpha=2, out=y[:, 1])
+    torch.add(p, r, alpha=4, out=y[:, 2])
+    torch.add(m[5], q, out=y[:, 3]).add_(s, alpha=8)
 
 
 class _Winograd(torch.autograd.Function):
@@ -384,11 +391,8 @@ def _attention(q, k, v):
 def _cached_slices(*tensors):
     """Slices of the batch whose weights fit into a processor's cache; the whole batch where that does not matter."""
     batch, length, _ = tensors[0].shape
-    size = max(_CACHED_WEIGHTS // length**2, 1) if tensors[0].device.type == 'cpu' else batch
+    size = max(_L2 // length**2, 1) if tensors[0].device.type == 'cpu' else batch
     return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
-
-
-_CACHED_WEIGHTS = 2**19  # 2 MB in float32
 
 
 def _attention_with_tangent(q, k, v, dq, dk, dv):
