@@ -161,8 +161,8 @@ def ablation_sampler(
         t_cur, t_next = t_steps[i : i + 2]
         sigma_cur = curve.sigma(t_cur)
         gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma_cur <= S_max else 0
-        # Without churn t̂ = t exactly: rounding errors of σ⁻¹(σ(t)) would pass for noise to add, 1e-8 of it.
-        t_hat = curve.sigma_inv(round_sigma(net, (1 + gamma) * sigma_cur)) if gamma else t_cur
+        # Without churn, too: what rounding makes of σ⁻¹(σ(t)) passes for noise to add, 1e-8 of it, as in EDM's images.
+        t_hat = curve.sigma_inv(round_sigma(net, (1 + gamma) * sigma_cur))
         added = math.sqrt(max(curve.sigma(t_hat) ** 2 - sigma_cur**2, 0))
         x_hat = s(t_hat) / s(t_cur) * x + added * s(t_hat) * S_noise * randn_like(x)
 
@@ -190,12 +190,12 @@ def vp_curve(beta_d: float, beta_min: float) -> Curve:
     """σ(t)² = exp(½β_d t² + β_min t) − 1."""
 
     def sigma(t):
-        return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
+        return math.sqrt(math.e ** (0.5 * beta_d * t**2 + beta_min * t) - 1)  # to the bit what EDM's is; so not expm1
 
     return Curve(
         sigma,
         lambda t: 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t)),
-        lambda value: (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(value**2)) - beta_min) / beta_d,
+        lambda value: (math.sqrt(beta_min**2 + 2 * beta_d * math.log(value**2 + 1)) - beta_min) / beta_d,
     )
 
 
@@ -218,7 +218,7 @@ def _ablation_range(net, discretization, sigma_min, sigma_max, epsilon_s) -> tup
 
 def _matched_vp_curve(sigma_min, sigma_max, epsilon_s) -> Curve:
     """The VP curve with σ(ε_s) = σ_min and σ(1) = σ_max."""
-    log_low, log_high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    log_low, log_high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
     beta_d = 2 * (log_low / epsilon_s - log_high) / (epsilon_s - 1)
     return vp_curve(beta_d, log_high - 0.5 * beta_d)
 
@@ -231,11 +231,11 @@ def _iddpm_levels(num_steps, sigma_min, sigma_max, C_1, C_2, M) -> list[float]:
     """Every so-manieth of the improved DDPM's M levels u_0 > … > u_{M−1} that lie in the range."""
     # EDM computes ᾱ in float32 and the rest in float64. In float64 throughout, the lowest levels move by 5e-4.
     alpha_bar = [(0.5 * math.pi * torch.tensor(j) / M / (C_2 + 1)).sin() ** 2 for j in range(M + 1)]
-    levels = [0.0]
+    levels = [torch.zeros((), dtype=torch.float64)]
     for j in range(M, 0, -1):
-        shrink = float((alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1))
-        levels.append(math.sqrt((levels[-1] ** 2 + 1) / shrink - 1))
-    kept = [u for u in reversed(levels) if sigma_min <= u <= sigma_max]
+        shrink = (alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1)
+        levels.append(((levels[-1] ** 2 + 1) / shrink - 1).sqrt())
+    kept = [u for u in map(float, reversed(levels)) if sigma_min <= u <= sigma_max]
     if not kept:
         raise ValueError(f'no noise level of the improved DDPM lies between sigma_min={sigma_min} and {sigma_max}')
     spacing = (len(kept) - 1) / max(num_steps - 1, 1)
