@@ -37,6 +37,7 @@ from training.interrupts import Interrupts
 from training.networks import Precond
 
 SHIPPED_NETWORK = Path(__file__).parent / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl'
+SAMPLERS = 2  # their version: one more whenever the same settings make other images
 
 # ----------------------------------------------------------------------------
 # EDM's sampler.
@@ -613,6 +614,7 @@ def open_output(opts: dnnlib.EasyDict, networks: Networks, sampler: partial) -> 
         return None
     settings = {
         **networks.settings,
+        'version of the samplers': SAMPLERS,
         'randn_like': opts.randn_like,
         **options_in_effect(sampler),
         'noise': opts.noise,

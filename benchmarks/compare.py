@@ -121,7 +121,8 @@ class Cell:
         return checked
 
     def identity(self) -> dict[str, Any]:
-        return {'sampler': self.sampler, **dict(self.settings), 'num_steps': self.num_steps}
+        settings = {**dict(self.settings), 'num_steps': self.num_steps}
+        return {'sampler': self.sampler, 'version of the samplers': generate.SAMPLERS, **settings}
 
     def label(self, varied: set[str]) -> str:
         """The sampler's name, and those settings that are unusual or differ between cells."""

@@ -156,7 +156,7 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch, devi
         cells = []
         for n in counts:
             of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch}
-            of |= {'network': network_id, 'device': device}
+            of |= {'network': network_id, 'device': device, 'version of the samplers': generate.SAMPLERS}
             found = []
             for seed in range(sets):
                 compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)

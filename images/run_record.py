@@ -68,10 +68,12 @@ def as_stored(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """'--steps: 18 → 40, --rho: 7 → 3'; empty for the same settings."""
+    """'--steps: 18 → 40, --rho: 7 → 3'; empty for the same settings. A name of several words is no option's."""
     now = as_stored(now)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ', '.join(f'--{name}: {_show(before.get(name))} → {_show(now.get(name))}' for name in names)
+    labels = [name if ' ' in name else f'--{name}' for name in names]
+    pairs = [f'{_show(before.get(name))} → {_show(now.get(name))}' for name in names]
+    return ', '.join(f'{label}: {pair}' for label, pair in zip(labels, pairs, strict=True))
 
 
 def _show(value: Any) -> str:

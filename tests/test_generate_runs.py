@@ -163,6 +163,12 @@ def test_other_settings_are_refused(sample, refused, files, args, change):
         assert words in line
 
 
+def test_images_of_another_version_of_the_samplers_are_refused(sample, refused, monkeypatch):
+    sample('out')
+    monkeypatch.setattr(generate, 'SAMPLERS', generate.SAMPLERS + 1)
+    assert f'(version of the samplers: {generate.SAMPLERS - 1} → {generate.SAMPLERS})' in refused('out')
+
+
 def test_a_folder_without_images_takes_any_settings(sample, tmp_path):
     sample('out')
     for path in (tmp_path / 'out').glob('*.png'):
