@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import sampler_2nd
 from benchmarks import orders
 
 
@@ -43,6 +44,27 @@ def test_errors_are_those_of_the_prototype(cache):
     for scheme, expected in [('euler', [6.2e-2, 3.2e-2, 1.6e-2]), ('taylor', [8.9e-3, 3.3e-3, 1.2e-3])]:
         (row,) = find('strong', scheme, 'mixture')
         assert orders.measure(row, cache).errors[:3] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize('sigma_max', [0.5, 2.0])
+def test_the_guess_in_the_first_step_of_rk_is_worth_an_evaluation(sigma_max, monkeypatch):
+    """From images with a little noise, where the guess matters most."""
+    net, paths = orders.PROBLEMS['mixture 2-D'], 500
+    torch.manual_seed(0)
+    of = torch.multinomial(net.weights, paths, replacement=True)
+    spread = net.variances[of].sqrt() * torch.randn(paths, 2, dtype=torch.float64)
+    images = net.means[of] + torch.einsum('nde,ne->nd', net.axes[of], spread)
+    latents = torch.randn_like(images)
+
+    def sample(num_steps):
+        path = sampler_2nd.BrownianPath(range(paths))
+        ends = {'sigma_min': 0.02, 'sigma_max': sigma_max, 'init': images}
+        return sampler_2nd.ito_taylor_sampler(net, latents, None, path, num_steps, scheme='rk', **ends)
+
+    solution, guessed = sample(200), sample(8)
+    monkeypatch.setattr(sampler_2nd, 'guess_D', lambda x, sigma: net(x, torch.tensor(sigma)))
+    evaluated, for_the_same_work = (orders.rms(sample(num_steps) - solution) for num_steps in (8, 7))
+    assert orders.rms(guessed - solution) < min(1.05 * evaluated, 0.85 * for_the_same_work)
 
 
 def test_fit_drops_points_at_the_floor():
