@@ -35,7 +35,7 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
         32, 3, model_type='SongUNet', augment_dim=9, model_channels=64, channel_mult=[2, 2, 2], dropout=0.13
     ),
-    'the shipped network': lambda: network_io.load_network('ckpts/edm-mnist-32x32-cond-vp.pkl'),
+    'the shipped network': lambda: network_io.load_network(str(generate.SHIPPED_NETWORK)),
     'ADM, 64 channels': lambda: networks.EDMPrecond(32, 3, label_dim=10, model_channels=64),
 }
 

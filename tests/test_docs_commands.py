@@ -172,11 +172,12 @@ RULES = [
         r'benchmarks/compare\.py .*--steps.*', a_report, f'{SMALL_COMPARISON} --steps=3 --eta=0,1', needs='matplotlib'
     ),
     Rule(r'benchmarks/gaussian_fd\.py .*', a_plot, '--spectrum=power --rho=7', slow=True, needs='matplotlib'),
-    Rule(r'benchmarks/cost\.py.*', smaller='--batch=1 --rounds=1 --device=cpu', slow=True),
+    Rule(r'benchmarks/cost\.py.*', smaller='--batch=1 --rounds=1 --pairs=1 --device=cpu', slow=True),
     Rule(r'benchmarks/guidance\.py.*', smaller='--paths=4', slow=True),
     Rule(r'benchmarks/killed_run\.py.*', smaller='--num=48 --kills=1 --batch=8', slow=True),
     Rule(r'benchmarks/write_images\.py.*', smaller='--num=2 --repeats=1 --ms=20', slow=True),
     Rule(r'benchmarks/mixture\.py .*', smaller='--paths=4', slow=True),
+    Rule(r'benchmarks/kernel_density\.py.*', smaller='--num=100 --sets=2 --evaluations=12', slow=True),
     Rule(r'benchmarks/same_picture\.py.*', smaller=f'--network={TINY} --seeds=0 --sheet=sheet.png', slow=True),
     Rule(r'benchmarks/solver_error\.py.*', smaller=f'--network={TINY} --seeds=0,1 --evaluations=4', slow=True),
     Rule(r'benchmarks/orders\.py.*', smaller='--paths=4', slow=True),
