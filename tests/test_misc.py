@@ -38,13 +38,12 @@ def test_freed_memory_is_used_again():
         'new_pages()\n'
         'before = new_pages()\n'
         'assert misc.keep_freed_memory()\n'
-        'new_pages(), new_pages()\n'
-        'print(before, new_pages())\n'
+        'print(before, *(new_pages() for _ in range(10)))\n'
     )
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+    before, *after = map(int, done.stdout.split())
     assert before > 50_000
-    assert after < 100
+    assert min(after) < 100  # it may take some rounds until all of it has found its place
 
 
 @pytest.mark.parametrize(('platform_name', 'library'), [('darwin', SimpleNamespace(mallopt=None)), ('linux', object())])
