@@ -40,6 +40,18 @@ def test_sliced_wasserstein_distance_of_a_shift(judge):
     assert judge.sliced_wasserstein(judge.real + shift) == pytest.approx(float(expected), rel=1e-9)
 
 
+def test_distances_between_halves_are_those_of_chance():
+    """Of standard normal points in d ≤ 40 dimensions, k in each half: 2d/k for means, (d² + d)/(2k) for covariances.
+
+    A sliced Wasserstein distance has √(2/k) from the mean alone.
+    """
+    k, d = 2000, 20
+    real = torch.randn(2 * k, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    frechet, sliced = digits.distances_between_halves(real)
+    assert frechet.mean() == pytest.approx((2 * d + (d**2 + d) / 2) / k, rel=0.15)
+    assert (2 / k) ** 0.5 < sliced.mean() < 2 * (2 / k) ** 0.5
+
+
 def test_the_command_keeps_what_it_has_measured(tmp_path, monkeypatch):
     data, results = tmp_path / 'digits.zip', tmp_path / 'digits.jsonl'
     made = CliRunner().invoke(dataset_tool.main, ['--source=mnist-5k', f'--dest={data}'])
