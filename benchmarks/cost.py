@@ -66,10 +66,9 @@ class Arm:
     """One way to run a network, in a process of its own, since how memory is kept concerns a whole process."""
 
     def __init__(self, kind: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
-        self._pipe, theirs = multiprocessing.get_context('spawn').Pipe()
-        self._process = multiprocessing.get_context('spawn').Process(
-            target=serve, args=(theirs, kind, name, batch, dtype, device), daemon=True
-        )
+        spawn = multiprocessing.get_context('spawn')
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(theirs, kind, name, batch, dtype, device), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -25,6 +25,7 @@ import generate
 import sampler_2nd
 from benchmarks import digits_classifier, peers
 from benchmarks.record import Record
+from metrics import distances
 from torch_utils import distributed
 
 COMPONENTS, DIRECTIONS = 40, 200
@@ -55,9 +56,8 @@ class Judge:
     def frechet_distance(self, fake):
         """|μ − μ'|² + tr(C + C' − 2 (C C')^{1/2}) in the principal components; [N, pixels]."""
         a, b = ((x - self.mean) @ self.axes for x in (self.real, fake))
-        product = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.clamp(min=0)
-        traces = a.var(0).sum() + b.var(0).sum()
-        return float((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * product.sqrt().sum())
+        moments = b.mean(0), torch.cov(b.T), a.mean(0), torch.cov(a.T)
+        return distances.frechet_distance(*(each.numpy() for each in moments)).distance
 
     def sliced_wasserstein(self, fake):
         """Root mean square, over directions, of the distance between the quantiles of the projections."""

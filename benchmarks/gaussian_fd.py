@@ -21,13 +21,18 @@ from benchmarks import peers
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
 
-def digits_spectrum():
-    """The 64 principal standard deviations of scikit-learn's 8×8 digits in [−1, 1], variances at least 1e-4."""
+def small_digits():
+    """scikit-learn's 8×8 digits, [1797, 64], pixels in [−1, 1]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise click.ClickException('this spectrum needs scikit-learn: pip install -e ".[bench]"') from None
-    variances = np.linalg.eigvalsh(np.cov(load_digits().data.T / 8))[::-1]
+        raise click.ClickException('these data need scikit-learn: pip install -e ".[bench]"') from None
+    return load_digits().data / 8 - 1
+
+
+def digits_spectrum():
+    """The 64 principal standard deviations of `small_digits`, variances at least 1e-4."""
+    variances = np.linalg.eigvalsh(np.cov(small_digits().T))[::-1]
     return torch.tensor(np.sqrt(variances.clip(1e-4)))
 
 

@@ -18,23 +18,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import generate
 import sampler_2nd
-from benchmarks import peers
+from benchmarks import gaussian_fd, peers
 from benchmarks.digits import Noise
+from metrics import distances
 
 CHUNK = 4000  # images whose weights are computed at once
 
 
-def digits_points() -> torch.Tensor:
-    """[1797, 64], pixels in [−1, 1]"""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise click.ClickException('this benchmark needs scikit-learn: pip install -e ".[bench]"') from None
-    return torch.tensor(load_digits().data / 8 - 1)
-
-
 class KernelDensity:
-    """A mixture of normals of one standard deviation, with equal weights. `points`: [k, d]."""
+    """A mixture of normals of one standard deviation, with equal weights. `points`: [k, d].
+
+    `orders.Mixture` has any covariances, which would take too much memory for so many points.
+    """
 
     def __init__(self, points: torch.Tensor, bandwidth: float):
         self.points, self.variance = points.double(), bandwidth**2
@@ -58,17 +53,14 @@ class KernelDensity:
 
     def frechet_distance(self, x: torch.Tensor) -> float:
         """|μ − μ'|² + tr(C + C' − 2 (C C')^{1/2}) for the exact μ, C and those of the samples x: [N, d]."""
-        values, axes = torch.linalg.eigh(self.covariance)
-        root = axes * values.sqrt() @ axes.T
-        found = torch.cov(x.T)
-        cross = torch.linalg.eigvalsh(root @ found @ root).clamp(min=0).sqrt().sum()
-        gap = (x.mean(0) - self.mean).square().sum()
-        return float(gap + self.covariance.trace() + found.trace() - 2 * cross)
+        moments = x.mean(0), torch.cov(x.T), self.mean, self.covariance
+        return distances.frechet_distance(*(each.numpy() for each in moments)).distance
 
 
 def distance(
     density: KernelDensity, sampler: peers.Sampler, evaluations: int, rho: float, num: int, seed: int
 ) -> float:
+    """The Fréchet distance of `num` samples to the data."""
     sigmas = sampler_2nd.noise_levels(None, sampler.levels(evaluations), 0.002, 80, rho)
     noise = Noise(seed, [num, density.points.shape[1]])
     with torch.no_grad():
@@ -98,7 +90,7 @@ def main(bandwidth, num, sets, evaluations, rho, names):
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')
     counts = generate.parse_int_list(evaluations)
-    density = KernelDensity(digits_points(), bandwidth)
+    density = KernelDensity(torch.tensor(gaussian_fd.small_digits()), bandwidth)
     print('| ' + ' | '.join([f'bandwidth {bandwidth:g}, rho = {rho:g}', *map(str, counts)]) + ' |')
     print('|---' * (len(counts) + 1) + '|')
     for name in names or samplers:

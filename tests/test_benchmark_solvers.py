@@ -143,7 +143,7 @@ def test_peer_defect_diffusers_third_order_sde_does_not_run():
 
 def test_rk_is_nearest_to_a_kernel_density_of_digits(samplers):
     """Its exact denoiser is anything but linear. 2,000 samples: the data's own distance is 0.09."""
-    density = kernel_density.KernelDensity(kernel_density.digits_points(), 0.2)
+    density = kernel_density.KernelDensity(torch.tensor(gaussian_fd.small_digits()), 0.2)
     found = {
         name: kernel_density.distance(density, sampler, 12, 7, 2000, seed=0)
         for name, sampler in samplers.items()
