@@ -66,6 +66,11 @@ SHEET_SAMPLERS: list[Callable[..., torch.Tensor]] = [
 ]
 
 
+def _noise_distribution(opts: dnnlib.EasyDict) -> dict[str, float]:
+    """P_mean and P_std of EDMLoss, where given."""
+    return {name: opts[name] for name in ['P_mean', 'P_std'] if opts[name] is not None}
+
+
 def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -> dict[str, Any]:
     """The config of a run, which goes on from the file `state`: what training_options.json says, in its order."""
     network_class, loss_class = PRECONDS[opts.precond]
@@ -93,7 +98,7 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
         'dataset_kwargs': dataset_kwargs,
         'data_loader_kwargs': {'pin_memory': True, 'num_workers': opts.workers, 'prefetch_factor': 2},
         'network_kwargs': network_kwargs,
-        'loss_kwargs': {'class_name': loss_class},
+        'loss_kwargs': {'class_name': loss_class, **_noise_distribution(opts)},
         'optimizer_kwargs': {'class_name': 'torch.optim.Adam', 'lr': opts.lr, 'betas': [0.9, 0.999], 'eps': 1e-8},
     }
     if opts.augment:
@@ -261,6 +266,8 @@ at_least_one = click.IntRange(min=1)
 @click.option('--ema',           help='Half-life of the weight average', metavar='MIMG', type=FiniteRange(min=0), default=0.5)
 @click.option('--dropout',       help='Dropout probability', metavar='FLOAT', type=fraction, default=0.13)
 @click.option('--augment',       help='Augmentation probability, 0 = off', metavar='FLOAT', type=fraction, default=0.12)
+@click.option('--P_mean', 'P_mean', help='Mean of ln sigma in training, with --precond=edm  [default: -1.2]', metavar='FLOAT', type=FiniteRange(min=-10, max=10))
+@click.option('--P_std', 'P_std', help='Its standard deviation, with --precond=edm  [default: 1.2]', metavar='FLOAT', type=FiniteRange(min=0, max=10, min_open=True))
 @click.option('--xflip',         help='Add mirrored images to the dataset', metavar='BOOL', type=bool, default=False)
 # Performance.
 @click.option('--fp16',          help='Train in float16 on CUDA', metavar='BOOL', type=bool, default=False)
@@ -335,6 +342,10 @@ def _check_options(opts: dnnlib.EasyDict) -> None:
     for option, package, extra in [('tensorboard', 'tensorboard', 'tensorboard'), ('plot', 'matplotlib', 'plot')]:
         if opts[option] and importlib.util.find_spec(package) is None:
             raise click.ClickException(f'--{option} needs {package}: pip install -e ".[{extra}]"')
+    if opts.precond != 'edm' and _noise_distribution(opts):
+        raise click.ClickException(
+            f'--P_mean and --P_std belong to --precond=edm, and --precond={opts.precond} was given'
+        )
     if opts.desc and not re.fullmatch(r'[\w.+=,-]{1,100}', opts.desc):
         raise click.ClickException(f'--desc={opts.desc!r}: letters, digits and ._+=,- only, at most 100 of them')
 

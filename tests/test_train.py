@@ -79,6 +79,17 @@ def test_default_config_is_that_of_edm(data):
     assert config['dataset_kwargs']['max_size'] == 40
 
 
+def test_noise_distribution(data):
+    assert dry_run(data)[0]['loss_kwargs'] == {'class_name': 'training.loss.EDMLoss'}
+    config, _ = dry_run(data, '--P_mean=0.5', '--P_std=0.1')
+    assert config['loss_kwargs'] == {'class_name': 'training.loss.EDMLoss', 'P_mean': 0.5, 'P_std': 0.1}
+    loss_fn = dnnlib.util.construct_class_by_name(**config['loss_kwargs'])
+    torch.manual_seed(0)
+    log_sigma = loss_fn.draw_sigma([10_000], 'cpu').log()
+    assert log_sigma.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert log_sigma.std().item() == pytest.approx(0.1, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ('options', 'name'),
     [
@@ -110,6 +121,9 @@ def test_run_directories_are_numbered_on(tmp_path):
         (['--resume=x.pt', '--transfer=y.pkl'], 'exclude each other'),
         (['--cres=1,b'], '1,2,2,2'),
         (['--device=tpu'], '--device'),
+        (['--precond=vp', '--P_mean=0'], '--P_mean and --P_std belong to --precond=edm, and --precond=vp was given'),
+        (['--P_mean=nan'], 'not a finite number'),
+        (['--P_std=0'], '--P_std'),
     ],
 )
 def test_bad_input_gets_one_line(data, tmp_path, options, message):
