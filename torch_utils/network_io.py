@@ -47,7 +47,8 @@ KNOWN_SOURCES = {
     'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
     'f42da8235e12dafb20a31a64e3bfc5dd8e9fcf46de386ab513321f44e365e63a': 'version 0.1.0 of this project, 26 November',
-    '6bf4850a62925903bbde449df1f0108e2955f3ff2fe6baa568ed60a87e758e68': 'version 0.1.0 of this project, shipped',
+    '6bf4850a62925903bbde449df1f0108e2955f3ff2fe6baa568ed60a87e758e68': 'version 0.1.0 of this project, shipped before',
+    '4792ae7b208860284c08b94adc94bce11f878231ba37100066d97021b6f0db35': 'version 0.1.0 of this project, shipped',
 }
 
 ENDINGS = ('.pkl', '.safetensors')
@@ -277,7 +278,7 @@ def unknown_sources(stored: StoredNetwork) -> list[str]:
 def origin(digest: str) -> str | None:
     """Where the source text with this SHA-256 is from, if that is known."""
     own = python_inspect.getsource(dnnlib.util.get_obj_by_name('training.networks'))
-    return 'this checkout' if digest == _digest(own) else KNOWN_SOURCES.get(digest)
+    return KNOWN_SOURCES.get(digest) or ('this checkout' if digest == _digest(own) else None)
 
 
 def _digest(source: str) -> str:
