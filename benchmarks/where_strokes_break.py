@@ -21,12 +21,12 @@ from benchmarks.digits import Noise
 from sampler_2nd import ito_taylor_sampler
 
 
-def resample(net, digits: digits_classifier.Digits, sigma: float, steps: int, batch: int, seed: int = 0) -> np.ndarray:
+def resample(net, digits: digits_classifier.Digits, sigma: float, steps: int, batch: int) -> np.ndarray:
     """The digits with noise of standard deviation `sigma`, sampled down by `rk`: uint8 [N,32,32]."""
     parts = []
     onehots = torch.eye(digits_classifier.NUM_CLASSES)[digits.labels]
     for i, (images, labels) in enumerate(zip(digits.images.split(batch), onehots.split(batch), strict=True)):
-        noise = Noise(seed * 1_000_000 + i, images.shape)
+        noise = Noise(i, images.shape)
         real = images.double() / 127.5 - 1
         with torch.no_grad():
             x = ito_taylor_sampler(
@@ -50,9 +50,14 @@ def main(network: str, data: str, sigma: str, steps: int, batch: int) -> None:
     """
     try:
         _, digits = digits_classifier.load_digits(data)
-        levels = [float(level) for level in sigma.split(',')]
-    except (OSError, ValueError) as err:
+    except OSError as err:
         raise click.ClickException(str(err)) from None
+    try:
+        levels = [float(level) for level in sigma.split(',')]
+    except ValueError:
+        levels = []
+    if not levels or not all(0.002 < level <= 80 for level in levels):
+        raise click.ClickException(f'--sigma={sigma!r}: levels above 0.002 and up to 80, such as 0.4,2,80')
     net = generate.load_network(network, torch.device('cpu'))
     before = np.array([is_broken(image) for image in digits.images[:, 0].numpy()])
     print(f'{"real":>8}  {before.mean():6.1%} in more than one piece')
