@@ -296,6 +296,15 @@ def test_a_stop_at_the_end_of_a_tick_finishes_the_tick(data, tmp_path, monkeypat
     assert len((tmp_path / 'stats.jsonl').read_text().splitlines()) == 1
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: a shell that starts a program in the background lets it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('interruptible')
 def test_a_repeated_signal_ends_a_run_only_after_a_while(monkeypatch):
     clock = iter([0.0, 0.5, 1.5])
     monkeypatch.setattr(interrupts, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))  # of no other thread
