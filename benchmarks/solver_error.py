@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import generate
 import sampler_2nd
 from benchmarks import mixture, peers
+from torch_utils import distributed
 
 SOLUTION_STEPS = 256
 
@@ -31,8 +32,9 @@ class Problem:
         self.path = sampler_2nd.BrownianPath(seeds)
         rnd = generate.StackedRandomGenerator('cpu', seeds)
         latents, classes = generate.draw_start(net, rnd, seeds, range(net.label_dim))
-        self.latents = latents.double()
-        self.labels = None if classes is None else torch.eye(net.label_dim)[classes]
+        device = next(net.parameters()).device
+        self.latents = latents.double().to(device)
+        self.labels = None if classes is None else torch.eye(net.label_dim)[classes].to(device)
 
     def denoise(self, x, sigma):
         labels = [None] * len(x) if self.labels is None else self.labels.split(self.batch)
@@ -66,7 +68,8 @@ def errors(x, solution):
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, default=mixture.ON_A_PATH)
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=50)
-def main(network, seeds, evaluations, rho, names, batch):
+@click.option('--device', help='cuda or cpu', metavar='NAME', default='cpu')
+def main(network, seeds, evaluations, rho, names, batch, device):
     """Print strong error; weak error ± its standard error, against network evaluations (a JVP counts as one more).
 
     \b
@@ -77,7 +80,11 @@ def main(network, seeds, evaluations, rho, names, batch):
     if len(seeds) < 2:
         raise click.UsageError('--seeds: one image has no standard error; give two or more')
     samplers = peers.available({**peers.PEERS, **peers.OURS})
-    problem = Problem(generate.load_network(network, torch.device('cpu')), seeds, rho, batch)
+    try:
+        net = generate.load_network(network, distributed.select_device(device))
+    except ValueError as err:
+        raise click.UsageError(str(err)) from None
+    problem = Problem(net, seeds, rho, batch)
     counts, solutions = generate.parse_int_list(evaluations), {}
     print('| strong error; weak error | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|', flush=True)

@@ -58,6 +58,7 @@ def test_errors_fall_with_the_steps(monkeypatch):
     [
         ('--sampler=EDM Heun', "--sampler='EDM Heun' is not one of: k-diffusion dpmpp_2m_sde"),
         ('--seeds=3', '--seeds: one image has no standard error'),
+        ('--device=gpu', "--device must be 'cuda', 'cuda:N', 'mps' or 'cpu', got 'gpu'"),
     ],
 )
 def test_bad_options(option, message):
