@@ -16,17 +16,21 @@ SEEDS = [3, 14]
 
 
 @pytest.fixture(scope='module')
-def problem():
-    net = generate.load_network(str(generate.SHIPPED_NETWORK), torch.device('cpu'))
-    return solver_error.Problem(net, SEEDS, rho=7, batch=1)
+def net():
+    return generate.load_network(str(generate.SHIPPED_NETWORK), torch.device('cpu'))
 
 
 @pytest.mark.parametrize('scheme', ['taylor', 'rk'])
-def test_the_images_are_those_of_generate(problem, scheme):
+@pytest.mark.parametrize(('batch', 'pixels'), [(2, 0), (1, 2)])
+def test_the_images_are_those_of_generate(net, scheme, batch, pixels):
+    """generate.py has both images in one batch; apart they are rounded otherwise: in so many pixels, by one level."""
+    problem = solver_error.Problem(net, SEEDS, rho=7, batch=batch)
     sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
-    classes, cpu = range(problem.net.label_dim), torch.device('cpu')
-    [(_, images)] = generate.generate_images(problem.net, [SEEDS], sampler, cpu, classes, noise='path')
-    assert np.array_equal(generate.to_uint8(problem.solve(f'ddb {scheme}', 4)), images)
+    classes, cpu = range(net.label_dim), torch.device('cpu')
+    [(_, images)] = generate.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
+    difference = np.abs(generate.to_uint8(problem.solve(f'ddb {scheme}', 4)).astype(int) - images)
+    assert difference.max() <= 1
+    assert np.count_nonzero(difference) <= pixels
 
 
 def test_errors_in_closed_form():
