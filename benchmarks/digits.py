@@ -36,10 +36,11 @@ class Noise:
 
     def __init__(self, seed, shape, device='cpu'):
         self._generator, self._shape = torch.Generator(device).manual_seed(seed), shape
+        self._dtype = sampler_2nd.state_dtype(self._generator.device)
 
     def fresh(self, *_):
         source = self._generator
-        return torch.randn(self._shape, generator=source, device=source.device, dtype=torch.float64)
+        return torch.randn(self._shape, generator=source, device=source.device, dtype=self._dtype)
 
     __call__ = fresh
 

@@ -33,7 +33,7 @@ class Problem:
         rnd = generate.StackedRandomGenerator('cpu', seeds)
         latents, classes = generate.draw_start(net, rnd, seeds, range(net.label_dim))
         device = next(net.parameters()).device
-        self.latents = latents.double().to(device)
+        self.latents = latents.to(device, sampler_2nd.state_dtype(device))
         self.labels = None if classes is None else torch.eye(net.label_dim)[classes].to(device)
 
     def denoise(self, x, sigma):
@@ -68,7 +68,7 @@ def errors(x, solution):
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, default=mixture.ON_A_PATH)
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=50)
-@click.option('--device', help='cuda or cpu', metavar='NAME', default='cpu')
+@click.option('--device', help='cuda, mps or cpu', metavar='NAME', default='cpu')
 def main(network, seeds, evaluations, rho, names, batch, device):
     """Print strong error; weak error ± its standard error, against network evaluations (a JVP counts as one more).
 
