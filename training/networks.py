@@ -142,7 +142,8 @@ def _dropout(x, p):
 # Winograd's F(4, 3) down the columns: four rows y of the result come from six rows d of the padded image and the three
 # rows g of the kernel by  y = Aᵀ[(G g) ∗ (Bᵀ d)],  where ∗ convolves along the row (Lavin & Gray 2016, arXiv
 # 1509.09308, section 4). For four rows that is 6 convolutions with three taps in the place of 12. The error is about
-# 1e-6 relative, twice that of PyTorch's own convolution. benchmarks/cost.py tells what it saves.
+# 1e-6 relative, twice that of PyTorch's own convolution. The last rows of Bᵀ and G have the other sign here, which
+# saves an operation. benchmarks/cost.py tells what the whole saves.
 
 
 WIDE = 2**14  # input times output channels
@@ -179,20 +180,18 @@ def _winograd(x, weight, bias):
 
 
 def _image_rows(x):
-    """Bᵀ d: six times [N H/4, C, 1, W]. Rows as images, for which PyTorch takes the same kernel whatever N is."""
-    x = _pad_rows(x.permute(0, 2, 3, 1))
-    d = [x[:, i : x.shape[1] - 5 + i : 4] for i in range(6)]
-    p, q = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
-    r, s = d[4] - d[2], d[3] - d[1]
-    first, last = torch.add(p, d[0], alpha=4).sub_(d[2]), (d[5] - d[3]).sub_(s, alpha=4)
-    rows = [first, p + q, p.sub_(q), torch.add(r, s, alpha=2), r.sub_(s, alpha=2), last]
+    """Bᵀ d: six times [N H/4, C, 1, W]. Rows as images, for which PyTorch takes the same kernel whatever N is.
+
+    d are the four rows of a tile, the one above and the one below, which beyond the image are zero.
+    """
+    d1, d2, d3, d4 = x.permute(0, 2, 3, 1).unflatten(1, (-1, 4)).unbind(2)
+    p, q = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
+    r, s = d4 - d2, d3 - d1
+    first = p - d2
+    first[:, 1:].add_(d4[:, :-1], alpha=4)
+    rows = [first, p + q, p.sub_(q), torch.add(r, s, alpha=2), r.sub_(s, alpha=2), q.add_(d3, alpha=4)]
+    rows[5][:, :-1].sub_(d1[:, 1:])
     return [_as_images(each) for each in rows]
-
-
-def _pad_rows(x):
-    """A row of zeros above and below, [N, H, ...] → [N, H + 2, ...]; PyTorch's `pad` writes the whole of it twice."""
-    zeros = x.new_zeros([x.shape[0], 1, *x.shape[2:]])
-    return torch.cat([zeros, x, zeros], dim=1)
 
 
 def _as_images(rows):
@@ -200,13 +199,17 @@ def _as_images(rows):
     return rows.flatten(0, 1).unsqueeze(1).permute(0, 3, 1, 2)
 
 
+def _G(like):
+    """The matrix G, in the dtype of `like`."""
+    a, b, c = 1 / 6, 1 / 12, 1 / 24
+    return like.new_tensor([[1 / 4, 0, 0], [-a, -a, -a], [-a, a, -a], [c, b, a], [c, -b, a], [0, 0, -1]])
+
+
 def _kernel_rows(weight):
     """G g: six times [out, in, 1, 3]."""
-    g = weight.unsqueeze(3).unbind(2)
-    p, q = (g[0] + g[2]) / 6, g[1] / 6
-    r, s = g[0] / 24 + g[2] / 6, g[1] / 12
-    rows = g[0] / 4, -p - q, q - p, r + s, r - s, g[2]
-    return [row.contiguous(memory_format=torch.channels_last) for row in rows]
+    out_channels, channels, _, _ = weight.shape
+    rows = _G(weight) @ weight.permute(2, 0, 3, 1).flatten(1)
+    return [row.view(out_channels, 1, 3, channels).permute(0, 3, 1, 2) for row in rows]
 
 
 def _write_result_rows(y, m):
@@ -245,8 +248,7 @@ def _winograd_weight_grad(x, weight, dy):
     m = [_as_images(rows) for rows in (y[0], p + q, p - q, r + s, r - s, y[3])]  # A dy
     d, shape = _image_rows(x), weight[:, :, :1].shape
     g = [conv2d_weight(d[i], shape, m[i], padding=(0, 1)) for i in range(6)]
-    p, q, r, s = (g[1] + g[2]) / 6, (g[2] - g[1]) / 6, (g[3] + g[4]) / 6, (g[3] - g[4]) / 12
-    return torch.cat([g[0] / 4 - p + r / 4, q + s, g[5] - p + r], dim=2)
+    return torch.tensordot(torch.cat(g, dim=2), _G(weight), dims=[[2], [0]]).transpose(2, 3)
 
 
 # ----------------------------------------------------------------------------
