@@ -14,7 +14,8 @@ derivative along the probability-flow ODE, and not at all if κ = 1 (E[x0 | x] i
     dD = (1 − κ) (dD/dλ)_ODE dλ + J_D σ √(2κ) dW                                                            (2)
 
 Put into (1) with J_D frozen at the start of the step, (2) gives the step of `taylor`. It needs two Gaussian variables
-per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for.
+per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for. `rk` has the
+same orders without a derivative, by one evaluation inside the step, where D is in mean what the step needs.
 
 Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`; `noise_pair` makes N and Z of two
 normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps may change;
@@ -66,7 +67,7 @@ def ito_taylor_sampler(
     |--------|----------------|----------------------------------|---------------------------|
     | euler  | 1 normal       | 1 evaluation                     | 1 / 1                     |
     | taylor | 2 normals      | 1 evaluation with 1 JVP          | 1.5 / 2                   |
-    | rk     | 2 normals      | 1 evaluation                     | 1.5 / 2, for eta = 1 only |
+    | rk     | 2 normals      | 1 evaluation                     | 1.5 / 2, for eta < √3     |
 
     The last step, from the smallest noise level to zero, is x = D(x; σ) in every scheme. In all, each of them evaluates
     the network `num_steps` times.
@@ -83,7 +84,7 @@ def ito_taylor_sampler(
         sigma_min, sigma_max, rho: see `num_steps`; 0 < sigma_min < sigma_max, rho > 0.
         S_min, S_max: noise is added in steps that start at S_min ≤ t_i ≤ S_max; outside, κ = 0.
         S_noise: factor on the noise.
-        eta: κ = eta², ≥ 0.
+        eta: κ = eta², ≥ 0; for `rk` below √3.
         scheme: 'euler', 'taylor' or 'rk'.
         dtype: of the state; float64 by default, float32 on devices without it (mps).
         callback: called after step i = 0 … N−1 as `callback(i, x, D, sigma)`: the new state, the denoised images that
@@ -95,7 +96,7 @@ def ito_taylor_sampler(
         Images, of the shape of `latents`, in `dtype`.
 
     Raises:
-        ValueError: an argument is out of its range, or `rk` is asked for another κ than 1.
+        ValueError: an argument is out of its range.
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme={scheme!r} is not one of {", ".join(SCHEMES)}')
@@ -106,8 +107,8 @@ def ito_taylor_sampler(
     dtype = dtype or state_dtype(latents.device)
     sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
-    if scheme == 'rk' and any(kappa != 1 for kappa in kappas[:-1]):
-        raise ValueError("scheme='rk' needs eta=1 and no window (S_min, S_max) at every step; use scheme='taylor'")
+    if scheme == 'rk' and eta**2 >= 3:
+        raise ValueError(f"scheme='rk' needs an eta below √3 = 1.732, and this is {eta:g}; use scheme='taylor'")
 
     denoise = Denoiser(net, class_labels)
     x = first_state(latents.to(dtype), sigmas[0], init)
@@ -203,42 +204,67 @@ def tangent_weight(kappa, h):
 
 
 def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):
-    """The one-third rule, for κ = 1: one evaluation, at a node where Brownian motion has the variance of ΔZ/h.
+    """One evaluation, at a node inside the step, for κ < 3.
 
-        τ_m = τ + h/3,   y_m = y + (h/3) D̂ + ΔZ/h,   y' = y + h D(y_m/τ_m; τ_m^{−½}) + ΔB
+        x' = e^{−ah} x + w D(x_m; σ_m) + N,     x_m = g x + (1 − g) D̂ + (σ_m/σ')^a Z/w
 
-    in τ = 1/σ², y = τx, with h = τ' − τ and ΔB = √h z₁, ΔZ = ∫(B − B_τ) dτ = h^{3/2} (z₁/2 + z₂/(2√3)).
-
-    The node has the marginal law that the network was trained on, its mean is D (a martingale), and its noise enters
-    D as the order 1.5 demands. D̂ predicts D from the past steps.
+    with h, a, w of `taylor_step`, σ_m = σ e^{−h_m} and g of `rk_node`, and Z the time integral of `noise_pair`. For
+    κ = 1 the node is at a third of the step in τ = 1/σ², for κ = 0 about the middle in λ. D̂ predicts D from the past
+    steps.
     """
-    z1, z2 = noise(), noise()
-    D_hat = predict_D(past, sigma) if past else guess_D(x, sigma)
-    tau, tau_next = sigma**-2, sigma_next**-2
-    h = tau_next - tau
-    tau_m = tau + h / 3
-    dB, dZ_over_h = math.sqrt(h) * z1, math.sqrt(h) * (z1 / 2 + z2 / math.sqrt(12))
-    D = denoise((tau * x + h / 3 * D_hat + dZ_over_h) / tau_m, tau_m**-0.5)
-    return (tau * x + h * D + dB) / tau_next, D
+    h, a = math.log(sigma / sigma_next), 1 + kappa
+    N, Z = noise_pair(noise(), noise(), kappa, sigma_next, h, time_integral=True)
+    D_hat = predict_D(past, sigma, kappa) if past else guess_D(x, sigma)
+    h_m, log_g, noise_weight = rk_node(kappa, h)
+    x_m = math.exp(log_g) * x - math.expm1(log_g) * D_hat + noise_weight * Z
+    D = denoise(x_m, sigma * math.exp(-h_m))
+    return math.exp(-a * h) * x - math.expm1(-a * h) * D + N, D
 
 
-def predict_D(past, sigma):
+@functools.lru_cache(maxsize=256)
+def rk_node(kappa, h):
+    """(h_m, ln g, weight of Z) of the node of `rk_step`: where the SDE (1) with another noise strength κ_m passes.
+
+    So the node has the law that belongs to its noise level, whatever κ_m is, and D drifts to it by (1 − κ_m) h_m times
+    its derivative along the ODE. Two conditions fix the node: D drifts as far as it does on average over the step, and
+    the noise of the node is the one that the step's D needs:
+
+        (1 − κ_m) h_m = (1 − κ) c/w,     1 − e^{−2u} = Var[(σ_m/σ')^a Z/w]/σ_m²,     u = κ_m h_m,     g = e^{−h_m−u}
+
+    with c of `taylor_step`. In short steps h_m = (3 − κ) h/6. Newton's method finds u, from below.
+    """
+    a = 1 + kappa
+    w = -math.expm1(-a * h)
+    if h == 0:
+        return 0.0, 0.0, 0.0
+    drift = (1 - kappa) * a * h**2 * exp_difference(0, 0, -a * h) / w
+    variance = noise_moments(kappa, h, time_integral=True)[2] / w**2 * math.exp(2 * kappa * (h - drift))
+    u, change = 0.0, math.inf
+    while change > 1e-15 * u:
+        noise, lack = math.exp(-2 * u), variance * math.exp(-2 * kappa * u)
+        change = (lack + math.expm1(-2 * u)) / (2 * noise + 2 * kappa * lack)
+        u += change
+    h_m = drift + u
+    return h_m, -h_m - u, math.exp(a * (h - h_m)) / w
+
+
+def predict_D(past, sigma, kappa):
     """D at `sigma`, extrapolated from what the last two steps of `rk` used, or the last one if alone.
 
-        D̂ = D₁ + (ln(τ/e₁) / ln(e₁/e₀)) (e₀ + e₁)/(2 √(e₀ e₁)) (D₁ − D₀)
+        D̂ = D₁ + (ln(T/e₁) / ln(e₁/e₀)) (e₀ + e₁)/(2 √(e₀ e₁)) (D₁ − D₀),     T = σ^{−(1+κ)}
 
-    A step's D is correlated with the noise of its step as D at the middle e of the step would be: Cov(ΔZ/h, ΔB) = h/2.
-    The first factor extrapolates from these times, in ln τ, so that D̂ has the covariance with x that the true D has, up
-    to second order; the last D alone has not, and nearly all of the error of `rk` would come from there. The second is
-    1 for short steps. In long ones the node lacks the spread of the image itself, h²/9 Cov[x0 | y], and it makes good
-    for that: on Gaussian data of any variance, the result has the variance of the data (docs/method.md, section 5).
+    A step's D has drifted, and is correlated with the noise of its step, as D at the middle e of the step would be. The
+    first factor extrapolates from these times, so that D̂ has the mean of the true D and its covariance with x, up to
+    second order; the last D alone has not, and nearly all of the error of `rk` would come from there. The second is
+    1 for short steps. In long ones the node lacks the spread of the image itself, and it makes good for that: on
+    Gaussian data of any variance, the result has the variance of the data (docs/method.md, section 5).
     """
     (sigma_0, D_0), (sigma_1, D_1) = past[0], past[-1]
     if len(past) == 1 or sigma_0 == sigma:  # a network that rounds its levels may repeat one
         return D_1
-    tau_0, tau_1, tau = sigma_0**-2, sigma_1**-2, sigma**-2
-    e_0, e_1 = (tau_0 + tau_1) / 2, (tau_1 + tau) / 2
-    ahead = math.log(tau / e_1) / math.log(e_1 / e_0) * (e_0 + e_1) / (2 * math.sqrt(e_0 * e_1))
+    T_0, T_1, T = (each ** -(1 + kappa) for each in (sigma_0, sigma_1, sigma))
+    e_0, e_1 = (T_0 + T_1) / 2, (T_1 + T) / 2
+    ahead = math.log(T / e_1) / math.log(e_1 / e_0) * (e_0 + e_1) / (2 * math.sqrt(e_0 * e_1))
     return D_1 + ahead * (D_1 - D_0)
 
 
@@ -256,17 +282,17 @@ SCHEMES = {'euler': euler_step, 'taylor': taylor_step, 'rk': rk_step}
 # Noise.
 
 
-def noise_pair(z1, z2, kappa, sigma_next, h):
+def noise_pair(z1, z2, kappa, sigma_next, h, time_integral=False):
     """The jointly normal pair (N, Z) of one step, made of two independent standard normals.
 
         N = σ' √(2κ) ∫ e^{−κq} dW_q,     Z = σ' √(2κ) ∫ (e^q − e^{−κq}) dW_q,     q from 0 to h = ln(σ/σ')
 
     N is the noise that reaches x; Z is the noise that entered D through x during the step, integrated over the rest
-    of it.
+    of it. With `time_integral`, Z is that of `rk`: see `noise_moments`.
     """
     if kappa == 0 or h == 0:
         return 0 * z1, 0 * z2
-    (N1, _), (Z1, Z2) = noise_factor(kappa, h)
+    (N1, _), (Z1, Z2) = noise_factor(kappa, h, time_integral)
     return sigma_next * N1 * z1, sigma_next * (Z1 * z1 + Z2 * z2)
 
 

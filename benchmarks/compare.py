@@ -50,7 +50,7 @@ from training.file_tree import FileTree
 
 PACKAGES = ('k-diffusion', 'diffusers', 'torchsde')
 BUDGETS = [8, 16, 32]
-NOISE_OPTION = {'db': 'S_churn', 'euler': 'eta', 'taylor': 'eta'}  # whose noise has a dial
+NOISE_OPTION = {'db': 'S_churn', 'euler': 'eta', 'taylor': 'eta', 'rk': 'eta'}  # whose noise has a dial
 WINDOW = ('S_min', 'S_max', 'S_noise')  # of db with S_churn > 0
 DEFAULTS = {'rho': 7, 'eta': 1, 'S_churn': 0}
 
@@ -420,7 +420,7 @@ positive, non_negative = click.FloatRange(min=0, min_open=True), click.FloatRang
 @click.option('--evaluations', help='Budgets: each sampler makes the steps that they pay for; a JVP costs one more', metavar='LIST', type=ListOf(click.IntRange(min=2)), show_default='8,16,32')
 @click.option('--steps', help='The same steps for all instead, whatever they cost', metavar='LIST', type=ListOf(click.IntRange(min=1)))
 @click.option('--rho', help='Time step exponents', metavar='LIST', type=ListOf(positive), default='7')
-@click.option('--eta', help='taylor, euler: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='1')
+@click.option('--eta', help='euler, taylor, rk: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='1')
 @click.option('--S_churn', 'S_churn', help='db: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='0')
 @click.option('--S_min', 'S_min', help='db with churn: lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0')
 @click.option('--S_max', 'S_max', help='db with churn: highest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='inf')
@@ -504,7 +504,7 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
         owners = [name for name, its in NOISE_OPTION.items() if its == option]
         given = context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
         if given and not set(owners) & set(opts.samplers):
-            text = f'--{option} is for {" and ".join(owners)}; --samplers={",".join(opts.samplers)} has none'
+            text = f'--{option} is for {", ".join(owners)}; --samplers={",".join(opts.samplers)} has none'
             raise click.UsageError(text)
     without_churn = [name for name in WINDOW if opts[name] is not None and not any(opts.S_churn)]
     if without_churn:

@@ -70,7 +70,7 @@ def table(spectrum, rho, samplers, evaluations):
 
 def lead(results):
     """How many times smaller than the best stochastic peer's the best of ours is, for each column."""
-    ours = np.nanmin([results[name] for name in peers.OURS], axis=0)
+    ours = np.nanmin([values for name, values in results.items() if name not in peers.PEERS], axis=0)
     rivals = [values for name, values in results.items() if name in peers.PEERS and peers.PEERS[name].stochastic]
     return np.nanmin(rivals, axis=0) / ours
 
@@ -98,8 +98,8 @@ def plot(path, tables, evaluations):
     for ax, ((spectrum, rho), results) in zip(axes.T.flat, tables.items(), strict=True):
         peer_styles = itertools.cycle(itertools.product(['-', '--', ':'], ('C1', 'C2', 'C4', 'C5', 'C6', 'C8')))
         for name, values in results.items():
-            if name in peers.OURS:
-                style = {'linewidth': 3, 'color': 'C3' if name.endswith('rk') else 'C0', 'zorder': 3}
+            if name not in peers.PEERS:
+                style = {'linewidth': 3, 'color': 'C3' if 'rk' in name else 'C0', 'zorder': 3}
             else:
                 linestyle, color = next(peer_styles)
                 style = {'linewidth': 1.2, 'linestyle': linestyle, 'color': color, 'marker': '.'}
@@ -122,14 +122,15 @@ def plot(path, tables, evaluations):
 @click.option(
     '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
 )
+@peers.eta_option
 @click.option('--plot', 'plot_path', help='Also draw work–precision diagrams', metavar='FILE.png')
-def main(spectra, rhos, plot_path):
+def main(spectra, rhos, etas, plot_path):
     """Print tables of the exact Fréchet distance times 1000.
 
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
-    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    samplers = peers.available(peers.PEERS) | peers.ours_with(*etas)
     for name in peers.PEERS.keys() - samplers.keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}

@@ -91,7 +91,7 @@ def rk_with_drift(net, gnet, guidance):
     def step(denoise, x, past, sigma, sigma_next, kappa, noise):
         z1, z2 = noise(), noise()
         each = [sampler_2nd.Denoiser(network) for network in (net, gnet)]
-        D_hat = sampler_2nd.predict_D(past, sigma) if past else torch.stack([one(x, sigma) for one in each])
+        D_hat = sampler_2nd.predict_D(past, sigma, kappa) if past else torch.stack([one(x, sigma) for one in each])
         tau, tau_next = sigma**-2, sigma_next**-2
         h = tau_next - tau
         tau_m = tau + h / 3

@@ -137,12 +137,20 @@ def rk_increment_only(denoise, x, past, sigma, sigma_next, kappa, noise):
 def rk_node_at_one_half(denoise, x, past, sigma, sigma_next, kappa, noise):
     """`rk` with its node at τ + h/2 and the noise of τ + h/3."""
     z1, z2 = noise(), noise()
-    D_hat = sampler_2nd.predict_D(past, sigma) if past else denoise(x, sigma)
+    D_hat = sampler_2nd.predict_D(past, sigma, kappa) if past else denoise(x, sigma)
     tau, tau_next = sigma**-2, sigma_next**-2
     h, tau_m = tau_next - tau, (tau + tau_next) / 2
     y_m = tau * x + h / 2 * D_hat + math.sqrt(h) * (z1 / 2 + z2 / math.sqrt(12))
     D = denoise(y_m / tau_m, tau_m**-0.5)
     return (tau * x + h * D + math.sqrt(h) * z1) / tau_next, D
+
+
+def rk_node_with_kappa(denoise, x, past, sigma, sigma_next, kappa, noise):
+    """`rk` with its node where the SDE of the step itself, not one with another κ, has the noise of the node."""
+    h_m, log_g, noise_weight = sampler_2nd.rk_node(kappa, math.log(sigma / sigma_next))
+    h_m = (-log_g - h_m) / kappa
+    with mock.patch.object(sampler_2nd, 'rk_node', return_value=(h_m, -(1 + kappa) * h_m, noise_weight)):
+        return sampler_2nd.rk_step(denoise, x, past, sigma, sigma_next, kappa, noise)
 
 
 def taylor_without_laplacian(denoise, x, past, sigma, sigma_next, kappa, noise):
@@ -158,6 +166,7 @@ def taylor_without_laplacian(denoise, x, past, sigma, sigma_next, kappa, noise):
 ABLATIONS = {
     'rk, pair (ΔB, hΔB/2)': rk_increment_only,
     'rk, node at 1/2': rk_node_at_one_half,
+    'rk, node with κ_m = κ': rk_node_with_kappa,
     'taylor, no Laplacian': taylor_without_laplacian,
 }
 
@@ -313,6 +322,12 @@ ROWS = [
     # Little noise: the error of order 2 of the equation without noise still shows.
     Row('strong', 'taylor', 'mixture', 1.5, eta=0.5, tolerance=0.4),
     Row('strong', 'taylor', 'mixture', 1.5, eta=1.5),
+    *(Row('strong', 'rk', problem, 2, eta=0) for problem in ('mixture', 'mixture 2-D')),
+    *(
+        Row('strong', 'rk', problem, 1.5, eta=0.5, steps=(128, 256, 512), tolerance=0.3)
+        for problem in ('mixture', 'mixture 2-D')
+    ),
+    *(Row('strong', 'rk', problem, 1.5, eta=1.5) for problem in ('mixture', 'mixture 2-D')),
     # The tree is slow for thousands of paths, hence so few steps.
     Row('strong', 'taylor', 'mixture', 1.5, path='tree', steps=(16, 32, 64)),
     Row('strong', 'rk', 'mixture', 1.5, path='tree', steps=(16, 32, 64), tolerance=0.4),
@@ -324,13 +339,19 @@ ROWS = [
     # of the first step's guess, which has the other sign.
     Row('weak', 'rk', 'gaussian', 3.5, steps=(8, 16, 32, 64), tolerance=0.6),
     Row('weak', 'rk', 'gaussian', 2, steps=(512, 1024, 2048)),
+    *(Row('weak', 'rk', 'gaussian', 2, eta=eta, steps=MEDIUM) for eta in (0, 0.5)),
+    Row('weak', 'rk', 'gaussian', 2, eta=1.5, steps=FINE),
     Row('moment', 'euler', 'mixture', 1, steps=COARSE),
     *(Row('moment', 'taylor', 'mixture', 2, eta=eta, steps=COARSE) for eta in (0.5, 0.7)),  # less than the noise for 1
+    Row('moment', 'rk', 'mixture', 2, eta=0.5, steps=(8, 16, 32, 64)),
+    Row('moment', 'rk', 'mixture', 2, eta=0.7, steps=COARSE),
 ]
 # Each has to miss the order of the scheme that it was made of.
 ABLATION_ROWS = [
     Row('strong', 'rk, pair (ΔB, hΔB/2)', 'mixture', 1, steps=FINE),
     Row('strong', 'rk, node at 1/2', 'mixture', 1, steps=FINE),
+    Row('strong', 'rk, node with κ_m = κ', 'mixture', 1, eta=0.5, steps=FINE),
+    Row('weak', 'rk, node with κ_m = κ', 'gaussian', 1, eta=1.5, steps=FINE),
     Row('strong', 'taylor, no Laplacian', 'mixture', 1),
     Row('moment', 'taylor, no Laplacian', 'mixture', 1, steps=COARSE, tolerance=0.4),
 ]

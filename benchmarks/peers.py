@@ -234,11 +234,27 @@ PEERS = {
     'EDM churn 40': Sampler(ours(generate.edm_sampler, **CHURN), True, 2, -1),
     'EDM Heun': Sampler(ours(generate.edm_sampler), False, 2, -1),
     'k-diffusion heun': Sampler(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
+    'k-diffusion dpmpp_2m': Sampler(k_diffusion('sample_dpmpp_2m', stochastic=False), False),
 }
-OURS = {
-    'ddb taylor': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='taylor'), True, 2, -1),
-    'ddb rk': Sampler(ours(sampler_2nd.ito_taylor_sampler, scheme='rk'), True),
-}
+
+
+def ours_with(*etas):
+    """Our schemes with each of these strengths of noise, which their names tell if it is not 1."""
+    samplers = {}
+    for eta in etas:
+        told = '' if eta == 1 else f', eta {eta:g}'
+        for scheme, costs in [('taylor', (2, -1)), ('rk', (1, 0))]:
+            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta)
+            samplers[f'ddb {scheme}{told}'] = Sampler(run, eta > 0, *costs)
+    return samplers
+
+
+OURS = ours_with(1)
+
+eta_option = click.option(
+    '--eta', 'etas', help='Noise of ours', metavar='FLOAT', multiple=True, default=[1.0],
+    type=click.FloatRange(0, math.sqrt(3), max_open=True),
+)  # fmt: skip
 
 
 def available(samplers):

@@ -104,10 +104,14 @@ def table_of_benchmarks(title: str) -> dict[str, list[str]]:
     return {name: values for name, *values in cells}
 
 
-def test_rows_of_the_benchmarks_are_what_the_command_prints():
-    samplers = {'EDM Heun': peers.PEERS['EDM Heun'], **peers.OURS}
-    results = gaussian_fd.table('power', 7, samplers, gaussian_fd.EVALUATIONS)
-    page = table_of_benchmarks('power, rho = 7')
+@pytest.mark.parametrize(
+    ('spectrum', 'rho', 'title', 'etas'),
+    [('power', 7, 'power, rho = 7', [1]), ('digits', 3, 'digits, rho = 3, any eta', [0, 0.5, 1.2])],
+)
+def test_rows_of_the_benchmarks_are_what_the_command_prints(spectrum, rho, title, etas):
+    samplers = {'EDM Heun': peers.PEERS['EDM Heun'], **peers.ours_with(*etas)}
+    results = gaussian_fd.table(spectrum, rho, samplers, gaussian_fd.EVALUATIONS)
+    page = table_of_benchmarks(title)
     assert {name: page[name] for name in samplers} == {
         name: [f'{1e3 * value:.3g}' for value in values] for name, values in results.items()
     }

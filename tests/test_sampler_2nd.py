@@ -271,17 +271,60 @@ def test_rk_by_hand():
     assert float(out) == pytest.approx(y1 / 2, rel=1e-12)
 
 
+def test_rk_by_hand_for_the_ode():
+    """κ = 0, T = 1/σ: 1/2 → 1, so the node is at the mean of ln σ over T, ln 2 − (1 − ln 2)."""
+    out = ito_taylor_sampler(Gaussian(1.0), torch.ones(1), num_steps=2, sigma_min=1, sigma_max=2, scheme='rk', eta=0)
+    sigma_m = math.exp(1 - math.log(2))
+    x_m = sigma_m / 2 * 2 + (1 - sigma_m / 2) * (2 / 5)
+    D_m = x_m / (1 + sigma_m**2)
+    assert float(out) == pytest.approx((1 / 2 * 2 + 1 / 2 * D_m) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize('h', [1e-8, 0.3, 1.0, 3.0, 20.0])
+def test_node_of_rk_is_at_a_third_of_the_step_in_tau(h):
+    tau_m = 1 + math.expm1(2 * h) / 3
+    h_m, log_g, weight = sampler_2nd.rk_node(1.0, h)
+    assert h_m == pytest.approx(math.log(tau_m) / 2, rel=1e-12)
+    assert log_g == pytest.approx(-math.log(tau_m), rel=1e-12)
+    assert weight == pytest.approx(math.exp(2 * h) / tau_m / -math.expm1(-2 * h), rel=1e-12)
+
+
+@pytest.mark.parametrize('kappa', [0.0, 0.25, 0.7, 1.0, 1.7, 2.9])
+def test_node_of_rk_in_short_steps(kappa):
+    h_m, log_g, _ = sampler_2nd.rk_node(kappa, 1e-7)
+    assert h_m / 1e-7 == pytest.approx((3 - kappa) / 6, abs=1e-6)
+    assert -log_g / 1e-7 == pytest.approx((3 - kappa) / 6 + kappa / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize('h', [0.01, 0.5, 3.0])
+@pytest.mark.parametrize('kappa', [0.25, 0.7, 1.3, 2.5])
+def test_node_of_rk_has_the_law_of_its_level_and_the_mean_drift_of_the_step(kappa, h):
+    """By quadrature in T = σ^{−a}, for σ' = 1: there dy = D dT + dM, and a step's D needs the noise ∫ (T' − T) dM/H."""
+    a = 1 + kappa
+    T = torch.linspace(math.exp(-a * h), 1, 200_001, dtype=torch.float64)
+    H, lam = float(T[-1] - T[0]), T.log() / a
+    drift = float(torch.trapezoid(lam - lam[0], T)) / H
+    rate = 2 * kappa * T ** (2 * kappa / a - 1) / a  # of Var M, per unit of T
+    variance = float(torch.trapezoid((1 - T) ** 2 * rate, T)) / H**2
+    h_m, log_g, _ = sampler_2nd.rk_node(kappa, h)
+    kappa_m, sigma_m = (-log_g - h_m) / h_m, math.exp(h - h_m)
+    assert (1 - kappa_m) * h_m == pytest.approx((1 - kappa) * drift, rel=1e-6)
+    assert sigma_m**2 * -math.expm1(-2 * kappa_m * h_m) == pytest.approx(sigma_m ** (2 * a) * variance, rel=1e-6)
+
+
 def test_predicted_D_by_hand():
-    """Steps from τ = 1 to 3 and from there to 5 have their middles at 2 and 4."""
-    past = [(1.0, torch.tensor([3.0])), (3**-0.5, torch.tensor([5.0]))]
-    expected = 5 + 2 * math.log(5 / 4) / math.log(4 / 2) * (2 + 4) / (2 * math.sqrt(2 * 4))
-    assert float(sampler_2nd.predict_D(past, 5**-0.5)) == pytest.approx(expected, rel=1e-7)
-    assert sampler_2nd.predict_D(past[:1], 3**-0.5) is past[0][1]
+    """Steps from τ = 1 to 3 and from there to 5 have their middles at 2 and 4. For κ = 0, T = √τ takes its place."""
+    for kappa, exponent in [(1.0, -0.5), (0.0, -1.0)]:
+        past = [(1.0, torch.tensor([3.0])), (3**exponent, torch.tensor([5.0]))]
+        expected = 5 + 2 * math.log(5 / 4) / math.log(4 / 2) * (2 + 4) / (2 * math.sqrt(2 * 4))
+        assert float(sampler_2nd.predict_D(past, 5**exponent, kappa)) == pytest.approx(expected, rel=1e-7)
+        assert sampler_2nd.predict_D(past[:1], 3**exponent, kappa) is past[0][1]
 
 
-def test_the_ode_is_what_a_window_that_excludes_everything_gives():
-    latents = torch.randn(3, 1, 2, 2)
-    runs = [ito_taylor_sampler(Gaussian(), latents, **kw) for kw in ({'eta': 0}, {'S_min': 100}, {'S_max': 0.001})]
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_the_ode_is_what_a_window_that_excludes_everything_gives(scheme):
+    latents, windows = torch.randn(3, 1, 2, 2), ({'eta': 0}, {'S_min': 100}, {'S_max': 0.001})
+    runs = [ito_taylor_sampler(Gaussian(), latents, scheme=scheme, **window) for window in windows]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 
@@ -347,8 +390,7 @@ def test_callback_sees_every_step():
         ({'rho': 0}, 'rho=0'),
         ({'rho': 0.001}, 'too small'),
         ({'sigma_min': 90}, 'sigma_max=80'),
-        ({'scheme': 'rk', 'eta': 0.5}, 'eta=1'),
-        ({'scheme': 'rk', 'S_max': 50}, 'taylor'),
+        ({'scheme': 'rk', 'eta': 1.8}, "below √3 = 1.732, and this is 1.8; use scheme='taylor'"),
     ],
 )
 def test_arguments_out_of_range_are_named(kwargs, message):
