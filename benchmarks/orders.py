@@ -331,6 +331,7 @@ ROWS = [
     # The tree is slow for thousands of paths, hence so few steps.
     Row('strong', 'taylor', 'mixture', 1.5, path='tree', steps=(16, 32, 64)),
     Row('strong', 'rk', 'mixture', 1.5, path='tree', steps=(16, 32, 64), tolerance=0.4),
+    Row('strong', 'rk', 'mixture', 1.5, eta=1.3, path='tree', steps=(16, 32, 64), tolerance=0.4),
     Row('weak', 'euler', 'gaussian', 1, steps=MEDIUM),
     *(Row('weak', 'taylor', 'gaussian', 2, eta=eta, steps=MEDIUM) for eta in (0, 0.5, 1.5)),
     # Its weight makes the error of few steps so small that it changes its sign, at 25.
