@@ -456,8 +456,8 @@ def main(context, **kwargs):
     check_options(context, opts)
     by_evaluations = opts.steps is None
     groups = sorted(opts.steps or opts.evaluations or BUDGETS)
-    cells = make_cells(opts, groups, by_evaluations)
     with fid.one_line_errors():
+        cells = make_cells(opts, groups, by_evaluations)
         metrics = measure.parse_metrics(opts.metrics)
         check_ref(opts.ref)
         if opts.dry_run:

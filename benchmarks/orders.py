@@ -322,13 +322,14 @@ ROWS = [
     # Little noise: the error of order 2 of the equation without noise still shows.
     Row('strong', 'taylor', 'mixture', 1.5, eta=0.5, tolerance=0.4),
     Row('strong', 'taylor', 'mixture', 1.5, eta=1.5),
+    # Without noise the order is 2; with little of it, the part of order 2 shows at many steps still.
     *(Row('strong', 'rk', problem, 2, eta=0) for problem in ('mixture', 'mixture 2-D')),
     *(
         Row('strong', 'rk', problem, 1.5, eta=0.5, steps=(128, 256, 512), tolerance=0.3)
         for problem in ('mixture', 'mixture 2-D')
     ),
     *(Row('strong', 'rk', problem, 1.5, eta=1.5) for problem in ('mixture', 'mixture 2-D')),
-    # The tree is slow for thousands of paths, hence so few steps.
+    # The tree is slow for thousands of paths, hence so few steps, where the part of order 2 in `rk` still shows.
     Row('strong', 'taylor', 'mixture', 1.5, path='tree', steps=(16, 32, 64)),
     Row('strong', 'rk', 'mixture', 1.5, path='tree', steps=(16, 32, 64), tolerance=0.4),
     Row('strong', 'rk', 'mixture', 1.5, eta=1.3, path='tree', steps=(16, 32, 64), tolerance=0.4),

@@ -172,7 +172,7 @@ def test_each_sampler_has_its_own_dials():
     assert [cell.label({'rho'}) for cell in cells] == [
         'db, rho 3', 'db, rho 3, S_churn 40, S_min 0.05', 'db, rho 7', 'db, rho 7, S_churn 40, S_min 0.05',
         'taylor, rho 3, eta 0', 'taylor, rho 3', 'taylor, rho 7, eta 0', 'taylor, rho 7',
-            'rk, rho 3, eta 0', 'rk, rho 3', 'rk, rho 7, eta 0', 'rk, rho 7',
+        'rk, rho 3, eta 0', 'rk, rho 3', 'rk, rho 7, eta 0', 'rk, rho 7',
     ]  # fmt: skip
 
 
@@ -328,6 +328,8 @@ def test_networks_with_colours_and_without_classes(run, tmp_path, channels, labe
         (['--steps=4', '--evaluations=8'], '--steps=N fixes the steps and --evaluations=N what they cost'),
         (['--evaluations=2'], '--evaluations=2: two steps of db cost 3'),
         (['--samplers=db', '--eta=0,1'], '--eta is for euler, taylor, rk; --samplers=db has none'),
+        (['--samplers=rk', '--eta=2'], "scheme='rk' needs an eta below √3"),
+        (['--samplers=rk', '--steps=4', '--eta=2'], "scheme='rk' needs an eta below √3"),
         (['--samplers=rk', '--S_churn=5'], '--S_churn is for db; --samplers=rk has none'),
         (['--S_min=1'], '--S_min needs --S_churn above 0'),
         (['--S_churn=5', '--S_min=2', '--S_max=1'], '--S_min=2 is above --S_max=1'),
