@@ -135,19 +135,19 @@ def cell(results):
 @click.option('--sets', help='Seed sets', metavar='INT', type=click.IntRange(min=1), default=3)
 @click.option('--evaluations', help='Of the network, per digit', metavar='LIST', default='12,16,24,32')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
-@peers.eta_option
+@peers.noise_options
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
 @click.option('--results', help='Kept here, and not computed again', metavar='JSONL', default='out/digits.jsonl')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=100)
 @click.option('--device', help='cuda, mps or cpu', metavar='NAME', default='cpu')
-def main(network, data, num, sets, evaluations, rho, etas, names, results, batch, device):
+def main(network, data, num, sets, evaluations, rho, etas, S_maxes, names, results, batch, device):
     """Print: Fréchet distance / sliced Wasserstein distance / share read right / seconds per digit.
 
     \b
     python dataset_tool.py --source=mnist-5k --dest=datasets/mnist-32x32.zip
     python benchmarks/digits.py
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(*etas)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')

@@ -122,15 +122,15 @@ def plot(path, tables, evaluations):
 @click.option(
     '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
 )
-@peers.eta_option
+@peers.noise_options
 @click.option('--plot', 'plot_path', help='Also draw work–precision diagrams', metavar='FILE.png')
-def main(spectra, rhos, etas, plot_path):
+def main(spectra, rhos, etas, S_maxes, plot_path):
     """Print tables of the exact Fréchet distance times 1000.
 
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(*etas)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
     for name in peers.PEERS.keys() - samplers.keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}

@@ -78,15 +78,15 @@ def row(name: str, columns: list[list[float]]) -> str:
 @click.option('--sets', help='Seed sets', metavar='INT', type=click.IntRange(min=2), default=3)
 @click.option('--evaluations', help='Of the denoiser', metavar='LIST', default='12,16,24,32,48')
 @click.option('--rho', help='Time step exponent', type=click.FloatRange(min=0, min_open=True), default=7)
-@peers.eta_option
+@peers.noise_options
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
-def main(bandwidth, num, sets, evaluations, rho, etas, names):
+def main(bandwidth, num, sets, evaluations, rho, etas, S_maxes, names):
     """Print Fréchet distances × 1000.
 
     \b
     python benchmarks/kernel_density.py
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(*etas)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')

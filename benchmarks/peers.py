@@ -238,23 +238,31 @@ PEERS = {
 }
 
 
-def ours_with(*etas):
-    """Our schemes with each of these strengths of noise, which their names tell if it is not 1."""
+def ours_with(etas=(1.0,), S_maxes=(math.inf,)):
+    """Our schemes with each of these strengths of noise, up to each of these noise levels; a name tells the unusual."""
     samplers = {}
-    for eta in etas:
+    for eta, S_max in itertools.product(etas, S_maxes):
         told = '' if eta == 1 else f', eta {eta:g}'
+        told += '' if S_max == math.inf else f', S_max {S_max:g}'
         for scheme, costs in [('taylor', (2, -1)), ('rk', (1, 0))]:
-            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta)
+            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta, S_max=S_max)
             samplers[f'ddb {scheme}{told}'] = Sampler(run, eta > 0, *costs)
     return samplers
 
 
-OURS = ours_with(1)
+OURS = ours_with()
 
-eta_option = click.option(
-    '--eta', 'etas', help='Noise of ours', metavar='FLOAT', multiple=True, default=[1.0],
-    type=click.FloatRange(0, math.sqrt(3), max_open=True),
-)  # fmt: skip
+
+def noise_options(command):
+    """--eta and --S_max of our schemes, as lists `etas` and `S_maxes`."""
+    below_sqrt_3, noise_level = click.FloatRange(0, math.sqrt(3), max_open=True), click.FloatRange(0)
+    several = {'metavar': 'FLOAT', 'multiple': True}
+    for option in [
+        click.option('--S_max', 'S_maxes', help='Its highest level', default=[math.inf], type=noise_level, **several),
+        click.option('--eta', 'etas', help='Noise of ours', default=[1.0], type=below_sqrt_3, **several),
+    ]:
+        command = option(command)
+    return command
 
 
 def available(samplers):

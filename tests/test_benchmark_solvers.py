@@ -10,6 +10,7 @@ import torch
 from benchmarks import gaussian_fd, kernel_density, mixture, orders, peers
 
 CI_EVALUATIONS = (16, 32, 64)
+NOISES = [(0, math.inf), (0.5, math.inf), (1, math.inf), (1, 5)]  # eta, S_max of rk
 
 
 @pytest.fixture(scope='module')
@@ -17,17 +18,17 @@ def samplers():
     return peers.available({**peers.PEERS, **peers.OURS})
 
 
-@pytest.mark.parametrize('eta', [0, 0.5, 1])
+@pytest.mark.parametrize(('eta', 'S_max'), NOISES)
 @pytest.mark.parametrize(('spectrum', 'rho'), [('power', 7), ('two-scale', 7), ('power', 3), ('two-scale', 3)])
-def test_rk_has_the_smallest_exact_frechet_distance(spectrum, rho, eta):
+def test_rk_has_the_smallest_exact_frechet_distance(spectrum, rho, eta, S_max):
     rivals = gaussian_fd.table(spectrum, rho, peers.available(peers.PEERS), CI_EVALUATIONS)
-    [ours] = gaussian_fd.table(spectrum, rho, {'rk': rk_with(eta)}, CI_EVALUATIONS).values()
+    [ours] = gaussian_fd.table(spectrum, rho, {'rk': rk_with(eta, S_max)}, CI_EVALUATIONS).values()
     for name, values in rivals.items():
         assert all(mine < theirs / 2 for mine, theirs in zip(ours, values, strict=True)), name
 
 
-def rk_with(eta):
-    [sampler] = [each for name, each in peers.ours_with(eta).items() if name.startswith('ddb rk')]
+def rk_with(eta, S_max):
+    [sampler] = [each for name, each in peers.ours_with([eta], [S_max]).items() if name.startswith('ddb rk')]
     return sampler
 
 
@@ -65,6 +66,11 @@ def test_exact_frechet_distance_of_heun_by_an_independent_route():
         gain = gain * (1 + (s_next - s) * ((slope + slope_next) / 2 if s_next else slope))
     expected = float((gain - stds).square().sum())
     assert gaussian_fd.frechet_distance(peers.PEERS['EDM Heun'], stds, 15, 7) == pytest.approx(expected, rel=1e-9)
+
+
+def test_names_tell_the_noise_of_our_schemes():
+    names = [name for name in peers.ours_with([1, 0.5], [math.inf, 5]) if name.startswith('ddb rk')]
+    assert names == ['ddb rk', 'ddb rk, S_max 5', 'ddb rk, eta 0.5', 'ddb rk, eta 0.5, S_max 5']
 
 
 def test_samplers_stay_within_the_evaluations_they_are_charged_for(samplers):
@@ -147,14 +153,14 @@ def test_peer_defect_diffusers_third_order_sde_does_not_run():
         scheduler.step(torch.zeros_like(x), scheduler.timesteps[2], x)
 
 
-@pytest.mark.parametrize('eta', [0, 0.5, 1])
-def test_rk_is_nearest_to_a_kernel_density_of_digits(eta):
+@pytest.mark.parametrize(('eta', 'S_max'), NOISES)
+def test_rk_is_nearest_to_a_kernel_density_of_digits(eta, S_max):
     """Its exact denoiser is anything but linear. 2,000 samples: the data's own distance is 0.09."""
     density = kernel_density.KernelDensity(torch.tensor(gaussian_fd.small_digits()), 0.2)
     rivals = {name: each for name, each in peers.available(peers.PEERS).items() if each.stochastic == (eta > 0)}
     distances = {
         name: kernel_density.distance(density, sampler, 12, 7, 2000, seed=0)
-        for name, sampler in {'rk': rk_with(eta), **rivals}.items()
+        for name, sampler in {'rk': rk_with(eta, S_max), **rivals}.items()
     }
     ours = distances.pop('rk')
     assert all(ours < theirs / 2 for theirs in distances.values()), (ours, distances)
