@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -51,7 +52,7 @@ from training.file_tree import FileTree
 PACKAGES = ('k-diffusion', 'diffusers', 'torchsde')
 BUDGETS = [8, 16, 32]
 NOISE_OPTION = {'db': 'S_churn', 'euler': 'eta', 'taylor': 'eta', 'rk': 'eta'}  # whose noise has a dial
-WINDOW = ('S_min', 'S_max', 'S_noise')  # of db with S_churn > 0
+WINDOW = ('S_min', 'S_max', 'S_noise')  # of samplers with such a dial, where it is above 0
 DEFAULTS = {'rho': 7, 'eta': 1, 'S_churn': 0}
 
 
@@ -131,21 +132,30 @@ class Cell:
 
 
 def make_cells(opts: dnnlib.EasyDict, groups: Sequence[int], by_evaluations: bool) -> list[Cell]:
-    """One for each combination of the samplers, their dials (rho, eta or S_churn) and the groups.
+    """One for each combination of the samplers, their dials (rho, eta or S_churn, S_max) and the groups.
 
     Raises:
         click.UsageError: evaluations that do not pay for two steps.
     """
-    window = {name: opts[name] for name in WINDOW if opts[name] is not None}
     cells = []
     for name in opts.samplers:
-        option = NOISE_OPTION.get(name)
-        noises: list[dict[str, float]] = [{option: value} for value in opts[option]] if option else [{}]
-        for rho, noise, group in itertools.product(opts.rho, noises, groups):
-            settings = tuple(({'rho': rho} | noise | (window if noise.get('S_churn') else {})).items())
+        for rho, noise, group in itertools.product(opts.rho, noises(name, opts), groups):
+            settings = tuple(({'rho': rho} | noise).items())
             num_steps = affordable_steps(name, settings, group) if by_evaluations else group
             cells.append(Cell(name, settings, num_steps, group))
     return cells
+
+
+def noises(sampler: str, opts: dnnlib.EasyDict) -> list[dict[str, float]]:
+    """The settings of the sampler's noise, as the options say: one for each amount and S_max."""
+    if sampler not in NOISE_OPTION:
+        return [{}]
+    option, found = NOISE_OPTION[sampler], []
+    for amount, S_max in itertools.product(opts[option], opts.S_max):
+        given = {'S_min': opts.S_min, 'S_max': S_max if S_max < math.inf else None, 'S_noise': opts.S_noise}
+        window = {name: value for name, value in given.items() if value is not None and amount > 0}
+        found.append({option: amount} | window)
+    return [noise for i, noise in enumerate(found) if noise not in found[:i]]
 
 
 def affordable_steps(sampler: str, settings: tuple[tuple[str, float], ...], evaluations: int) -> int:
@@ -422,9 +432,9 @@ positive, non_negative = click.FloatRange(min=0, min_open=True), click.FloatRang
 @click.option('--rho', help='Time step exponents', metavar='LIST', type=ListOf(positive), default='7')
 @click.option('--eta', help='euler, taylor, rk: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='1')
 @click.option('--S_churn', 'S_churn', help='db: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='0')
-@click.option('--S_min', 'S_min', help='db with churn: lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0')
-@click.option('--S_max', 'S_max', help='db with churn: highest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='inf')
-@click.option('--S_noise', 'S_noise', help='db with churn: factor on the noise', metavar='FLOAT', type=positive, show_default='1')
+@click.option('--S_min', 'S_min', help='Ours: lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0')
+@click.option('--S_max', 'S_max', help='Ours: highest noise levels with noise added', metavar='LIST', type=ListOf(non_negative), default='inf')
+@click.option('--S_noise', 'S_noise', help='Ours: factor on the noise', metavar='FLOAT', type=positive, show_default='1')
 @click.option('--num', help='Images in a set', metavar='INT', type=click.IntRange(min=2), default=1000)
 @click.option('--sets', help='Sets of seeds; error bars are their spread', metavar='INT', type=click.IntRange(min=1), default=3)
 @click.option('--metrics', help=f'Some of {",".join(measure.METRICS)}', metavar='LIST', default='fid')
@@ -506,9 +516,11 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
         if given and not set(owners) & set(opts.samplers):
             text = f'--{option} is for {", ".join(owners)}; --samplers={",".join(opts.samplers)} has none'
             raise click.UsageError(text)
-    without_churn = [name for name in WINDOW if opts[name] is not None and not any(opts.S_churn)]
-    if without_churn:
-        raise click.UsageError(f'--{without_churn[0]} needs --S_churn above 0')
+    amounts = [amount for name in opts.samplers if name in NOISE_OPTION for amount in opts[NOISE_OPTION[name]]]
+    for option in WINDOW:
+        given = context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+        if given and not any(amounts):
+            raise click.UsageError(f'--{option} needs noise: a sampler of ours with --eta or --S_churn above 0')
 
 
 def check_ref(ref: str) -> None:

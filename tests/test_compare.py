@@ -167,12 +167,23 @@ def test_steps_that_sixteen_evaluations_pay_for(sampler, settings, steps, work):
 
 def test_each_sampler_has_its_own_dials():
     opts = dnnlib.EasyDict(samplers=['db', 'taylor', 'rk'], rho=[3.0, 7.0], eta=[0.0, 1.0], S_churn=[0.0, 40.0])
-    opts |= {'S_min': 0.05, 'S_max': None, 'S_noise': None}
+    opts |= {'S_min': 0.05, 'S_max': [math.inf], 'S_noise': None}
     cells = compare.make_cells(opts, [5], by_evaluations=False)
     assert [cell.label({'rho'}) for cell in cells] == [
         'db, rho 3', 'db, rho 3, S_churn 40, S_min 0.05', 'db, rho 7', 'db, rho 7, S_churn 40, S_min 0.05',
-        'taylor, rho 3, eta 0', 'taylor, rho 3', 'taylor, rho 7, eta 0', 'taylor, rho 7',
-        'rk, rho 3, eta 0', 'rk, rho 3', 'rk, rho 7, eta 0', 'rk, rho 7',
+        'taylor, rho 3, eta 0', 'taylor, rho 3, S_min 0.05', 'taylor, rho 7, eta 0', 'taylor, rho 7, S_min 0.05',
+        'rk, rho 3, eta 0', 'rk, rho 3, S_min 0.05', 'rk, rho 7, eta 0', 'rk, rho 7, S_min 0.05',
+    ]  # fmt: skip
+
+
+def test_noise_is_limited_where_there_is_some():
+    opts = dnnlib.EasyDict(samplers=['db', 'rk', 'k-diffusion-heun'], rho=[7.0], eta=[0.0, 1.0], S_churn=[0.0])
+    opts |= {'S_min': None, 'S_max': [5.0, math.inf], 'S_noise': 1.01}
+    cells = compare.make_cells(opts, [5], by_evaluations=False)
+    assert [cell.settings[1:] for cell in cells] == [
+        (('S_churn', 0),),
+        (('eta', 0),), (('eta', 1), ('S_max', 5), ('S_noise', 1.01)), (('eta', 1), ('S_noise', 1.01)),
+        (),
     ]  # fmt: skip
 
 
@@ -331,7 +342,9 @@ def test_networks_with_colours_and_without_classes(run, tmp_path, channels, labe
         (['--samplers=rk', '--eta=2'], "scheme='rk' needs an eta below √3"),
         (['--samplers=rk', '--steps=4', '--eta=2'], "scheme='rk' needs an eta below √3"),
         (['--samplers=rk', '--S_churn=5'], '--S_churn is for db; --samplers=rk has none'),
-        (['--S_min=1'], '--S_min needs --S_churn above 0'),
+        (['--samplers=db', '--S_min=1'], '--S_min needs noise: a sampler of ours with --eta or --S_churn above 0'),
+        (['--samplers=rk', '--eta=0', '--S_max=1'], '--S_max needs noise'),
+        (['--samplers=rk', '--S_min=2', '--S_max=1'], '--S_min=2 is above --S_max=1'),
         (['--S_churn=5', '--S_min=2', '--S_max=1'], '--S_min=2 is above --S_max=1'),
         (['--metrics=fud'], "'fud' is none of fid, kid, prdc, swd"),
         (['--detector=efficientnet-lite0'], 'was made with detector'),
