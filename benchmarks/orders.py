@@ -186,7 +186,7 @@ def before_last_step(sampler, net, latents, steps, **kwargs):
     return states[steps - 1]
 
 
-def solve(scheme, problem, path, steps, eta=1.0):
+def solve(scheme, problem, path, steps, eta=1.0, S_max=math.inf):
     """The state at σ = 0.1 of the scheme on the path, after `steps` steps of equal length in ln σ."""
     net = PROBLEMS[problem]
     if scheme in ('edm heun', 'edm euler'):
@@ -196,7 +196,7 @@ def solve(scheme, problem, path, steps, eta=1.0):
     if scheme == 'euler':
         normals = normals[::2]
     draws = iter(normals)
-    options = {'randn_like': lambda x: next(draws), 'scheme': scheme, 'eta': eta}
+    options = {'randn_like': lambda x: next(draws), 'scheme': scheme, 'eta': eta, 'S_max': S_max}
     with (
         mock.patch.dict(sampler_2nd.SCHEMES, ABLATIONS),
         mock.patch.object(net, 'round_sigma', lambda sigmas: equal_levels(len(sigmas) - 1)),
@@ -233,29 +233,35 @@ def fit(steps, errors, floors) -> Convergence:
     return Convergence(steps, errors, -float((n * e).sum() / (n * n).sum()))
 
 
-def convergence(scheme, problem, path, steps, eta=1.0, references: dict[Any, Any] | None = None) -> Convergence:
+def convergence(
+    scheme, problem, path, steps, eta=1.0, S_max=math.inf, references: dict[Any, Any] | None = None
+) -> Convergence:
     """Strong errors: root mean square, over the paths, of the distance from the solution with 4 times the last steps.
 
     `references` keeps solutions for other calls.
     """
-    solution, floor = solution_on(path, scheme, problem, 4 * steps[-1], eta, {} if references is None else references)
-    errors = [rms(solve(scheme, problem, path, n, eta) - solution) for n in steps]
+    references = {} if references is None else references
+    solution, floor = solution_on(path, scheme, problem, 4 * steps[-1], eta, S_max, references)
+    errors = [rms(solve(scheme, problem, path, n, eta, S_max) - solution) for n in steps]
     return fit(steps, errors, [floor] * len(steps))
 
 
-def moment_convergence(scheme, problem, path, steps, eta=1.0, references: dict[Any, Any] | None = None) -> Convergence:
+def moment_convergence(
+    scheme, problem, path, steps, eta=1.0, S_max=math.inf, references: dict[Any, Any] | None = None
+) -> Convergence:
     """Weak errors, |E x² − E x*²| with x* the solution on the same path; their floors are the Monte Carlo noise."""
-    solution, _ = solution_on(path, scheme, problem, 1024, eta, {} if references is None else references)
-    gaps = [(solve(scheme, problem, path, n, eta).square() - solution.square()).sum(-1) for n in steps]
+    references = {} if references is None else references
+    solution, _ = solution_on(path, scheme, problem, 1024, eta, S_max, references)
+    gaps = [(solve(scheme, problem, path, n, eta, S_max).square() - solution.square()).sum(-1) for n in steps]
     return fit(steps, [abs(float(g.mean())) for g in gaps], [float(g.std()) / math.sqrt(len(g)) for g in gaps])
 
 
-def solution_on(path, scheme, problem, steps, eta, references):
+def solution_on(path, scheme, problem, steps, eta, S_max, references):
     """(solution, an estimate of its own error)"""
     solver = reference_scheme(scheme, path, eta)
-    key = solver, problem, steps, eta, id(path)
+    key = solver, problem, steps, eta, S_max, id(path)
     if key not in references:
-        fine, coarse = (solve(solver, problem, path, n, eta) for n in (steps, steps // 2))
+        fine, coarse = (solve(solver, problem, path, n, eta, S_max) for n in (steps, steps // 2))
         references[key] = fine, rms(fine - coarse) / (2**1.5 - 1)
     return references[key]
 
@@ -264,20 +270,21 @@ def rms(x):
     return float(x.square().mean().sqrt())
 
 
-def weak_convergence(scheme, std, steps, eta=1.0) -> Convergence:
+def weak_convergence(scheme, std, steps, eta=1.0, S_max=math.inf) -> Convergence:
     """Error of the variance for data N(0, std²), in exact arithmetic: a column of x for each independent normal.
 
-    The sampler starts with variance σ_max², lacking std². Along the SDE a lack shrinks by
-    ((std² + σ²)/(std² + σ_max²))^{1+κ}.
+    The sampler starts with variance σ_max², lacking std². From σ to σ' along the SDE a lack shrinks by
+    ((std² + σ'²)/(std² + σ²))^{1+κ}.
     """
     s2, low, high = std**2, SIGMA_MIN**2, SIGMA_MAX**2
-    exact = s2 + low - s2 * ((s2 + low) / (s2 + high)) ** (1 + eta**2)
+    middle = min(S_max**2, high)
+    exact = s2 + low - s2 * (s2 + middle) / (s2 + high) * ((s2 + low) / (s2 + middle)) ** (1 + eta**2)
     net = Mixture([1.0], [[0.0]], [[[s2]]])
     errors = []
     for n in steps:
         columns = iter(torch.eye(2 * n + 1, dtype=torch.float64)[..., None])
         net.round_sigma = lambda sigmas: equal_levels(len(sigmas) - 1)  # type: ignore[method-assign]
-        options = {'randn_like': lambda x, columns=columns: next(columns), 'scheme': scheme, 'eta': eta}
+        options = {'randn_like': lambda x, columns=columns: next(columns), 'scheme': scheme, 'eta': eta, 'S_max': S_max}
         with mock.patch.dict(sampler_2nd.SCHEMES, ABLATIONS):
             x = before_last_step(sampler_2nd.ito_taylor_sampler, net, next(columns), n, **options)
         errors.append(abs(float(x.square().sum()) - exact))
@@ -299,13 +306,15 @@ class Row(NamedTuple):
     path: str = 'cells'
     steps: tuple[int, ...] = (32, 64, 128)
     tolerance: float = 0.2
+    S_max: float = math.inf
 
     @property
     def name(self):
-        return f'{self.kind}-{self.scheme}-{self.problem}-eta{self.eta:g}-{self.path}'
+        return f'{self.kind}-{self.scheme}-{self.problem}-eta{self.eta:g}-S_max{self.S_max:g}-{self.path}'
 
 
 COARSE, MEDIUM, FINE = (4, 8, 16, 32), (16, 32, 64, 128), (64, 128, 256)
+MIDDLE = math.sqrt(SIGMA_MAX * SIGMA_MIN) * (1 + 1e-9)  # a level of every grid, rounded up
 ROWS = [
     Row('strong', 'edm euler', 'mixture', 1, eta=0),
     Row('strong', 'edm heun', 'mixture', 2, eta=0),
@@ -329,6 +338,9 @@ ROWS = [
         for problem in ('mixture', 'mixture 2-D')
     ),
     *(Row('strong', 'rk', problem, 1.5, eta=1.5) for problem in ('mixture', 'mixture 2-D')),
+    # Noise in the second half of the way only.
+    *(Row('strong', 'taylor', problem, 1.5, S_max=MIDDLE) for problem in ('mixture', 'mixture 2-D')),
+    *(Row('strong', 'rk', problem, 1.5, S_max=MIDDLE, steps=FINE) for problem in ('mixture', 'mixture 2-D')),
     # The tree is slow for thousands of paths, hence so few steps, where the part of order 2 in `rk` still shows.
     Row('strong', 'taylor', 'mixture', 1.5, path='tree', steps=(16, 32, 64)),
     Row('strong', 'rk', 'mixture', 1.5, path='tree', steps=(16, 32, 64), tolerance=0.4),
@@ -343,6 +355,7 @@ ROWS = [
     Row('weak', 'rk', 'gaussian', 2, steps=(512, 1024, 2048)),
     *(Row('weak', 'rk', 'gaussian', 2, eta=eta, steps=MEDIUM) for eta in (0, 0.5)),
     Row('weak', 'rk', 'gaussian', 2, eta=1.5, steps=FINE),
+    *(Row('weak', scheme, 'gaussian', 2, S_max=MIDDLE, steps=FINE) for scheme in ('taylor', 'rk')),
     Row('moment', 'euler', 'mixture', 1, steps=COARSE),
     *(Row('moment', 'taylor', 'mixture', 2, eta=eta, steps=COARSE) for eta in (0.5, 0.7)),  # less than the noise for 1
     Row('moment', 'rk', 'mixture', 2, eta=0.5, steps=(8, 16, 32, 64)),
@@ -362,18 +375,19 @@ ABLATION_ROWS = [
 def measure(row, cache, paths=1500) -> Convergence:
     """`cache` keeps paths and solutions from row to row."""
     if row.kind == 'weak':
-        return weak_convergence(row.scheme, 0.7, row.steps, row.eta)
+        return weak_convergence(row.scheme, 0.7, row.steps, row.eta, row.S_max)
     dim = PROBLEMS[row.problem].dim
     key = row.path, dim
     if key not in cache:
         cache[key] = Path(paths, dim) if row.path == 'cells' else TreePath(paths // 2, dim)
     helper = {'strong': convergence, 'moment': moment_convergence}[row.kind]
-    return helper(row.scheme, row.problem, cache[key], row.steps, row.eta, cache.setdefault('solutions', {}))
+    return helper(row.scheme, row.problem, cache[key], row.steps, row.eta, row.S_max, cache.setdefault('solutions', {}))
 
 
 def format_row(row, result):
     errors = ' '.join(f'{n}: {e:.1e}' for n, e in zip(result.steps, result.errors, strict=True))
-    name = f'{row.kind:<7}{row.scheme:<22}{row.problem:<12} eta {row.eta:<4g}{row.path:<6}'
+    noise = f'eta {row.eta:g}' + (f' to {row.S_max:.3g}' if row.S_max < math.inf else '')
+    name = f'{row.kind:<7}{row.scheme:<22}{row.problem:<12} {noise:<15}{row.path:<6}'
     return f'{name} order {row.order:<4g}slope {result.slope:5.2f}   {errors}'
 
 

@@ -35,8 +35,8 @@ def test_ablation_misses_the_order_of_its_scheme(row, cache):
 
 
 def find(kind, scheme, problem):
-    wanted = (kind, scheme, problem, 1, 'cells')
-    return [r for r in orders.ROWS if (r.kind, r.scheme, r.problem, r.eta, r.path) == wanted]
+    wanted = (kind, scheme, problem, 1, math.inf, 'cells')
+    return [r for r in orders.ROWS if (r.kind, r.scheme, r.problem, r.eta, r.S_max, r.path) == wanted]
 
 
 def test_errors_are_those_of_the_prototype(cache):
