@@ -38,7 +38,7 @@ import dnnlib
 import fid
 import generate
 import sampler_2nd
-from benchmarks import peers, report
+from benchmarks import peers, plots, report
 from benchmarks.record import Record
 from images import pictures
 from metrics import measure
@@ -461,7 +461,7 @@ def main(context, **kwargs):
     python benchmarks/compare.py --network=my.pkl --ref=fid-refs/my-dataset.npz --num=5000 \\
         --samplers=taylor --steps=20,40 --rho=3,7 --eta=0,0.5,1
     """
-    report.require_matplotlib()
+    plots.require_matplotlib('the report')
     opts = dnnlib.EasyDict(kwargs)
     check_options(context, opts)
     by_evaluations = opts.steps is None

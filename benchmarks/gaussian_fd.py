@@ -5,7 +5,6 @@ Fréchet distance Σ (s_i,out − s_i)² is exact arithmetic. The samplers run u
 from 80 to 0.002. Work is counted in network evaluations; one with a JVP counts as two.
 """
 
-import itertools
 import os
 import sys
 
@@ -16,7 +15,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import sampler_2nd
-from benchmarks import peers
+from benchmarks import peers, plots
 
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -85,36 +84,6 @@ def format_table(title, results, evaluations):
     return '\n'.join(lines)
 
 
-def plot(path, tables, evaluations):
-    """Work–precision diagrams: ours thick, peers thin, one legend for all."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise click.ClickException('--plot needs matplotlib: pip install -e ".[plot]"') from None
-    rows = 1 if len(tables) <= 2 else len({rho for _, rho in tables})
-    columns = len(tables) // rows
-    size = (4.2 * columns + 2.4, 4.2 * rows)
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
-    for ax, ((spectrum, rho), results) in zip(axes.T.flat, tables.items(), strict=True):
-        peer_styles = itertools.cycle(itertools.product(['-', '--', ':'], ('C1', 'C2', 'C4', 'C5', 'C6', 'C8')))
-        for name, values in results.items():
-            if name not in peers.PEERS:
-                style = {'linewidth': 3, 'color': 'C3' if 'rk' in name else 'C0', 'zorder': 3}
-            else:
-                linestyle, color = next(peer_styles)
-                style = {'linewidth': 1.2, 'linestyle': linestyle, 'color': color, 'marker': '.'}
-            ax.loglog(evaluations, values, label=name, **style)
-        ax.set(title=f'{spectrum}, rho = {rho:g}', xlabel='network evaluations', ylim=[2e-7, 1e2])
-        ax.set_xticks(evaluations, labels=map(str, evaluations))
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    for ax in axes[:, 0]:
-        ax.set_ylabel('exact Fréchet distance')
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', fontsize=9, frameon=False)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
-
-
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option(
     '--spectrum', 'spectra', help='Data', type=click.Choice(list(SPECTRA)), multiple=True, default=list(SPECTRA)
@@ -123,7 +92,7 @@ def plot(path, tables, evaluations):
     '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
 )
 @peers.noise_options
-@click.option('--plot', 'plot_path', help='Also draw work–precision diagrams', metavar='FILE.png')
+@plots.option('work–precision diagrams')
 def main(spectra, rhos, etas, S_maxes, plot_path):
     """Print tables of the exact Fréchet distance times 1000.
 
@@ -139,7 +108,16 @@ def main(spectra, rhos, etas, S_maxes, plot_path):
             tables[spectrum, rho] = results = table(spectrum, rho, samplers, EVALUATIONS)
             click.echo(format_table(f'{spectrum}, rho = {rho:g}', results, EVALUATIONS) + '\n')
     if plot_path:
-        plot(plot_path, tables, EVALUATIONS)
+        panels = [
+            plots.Panel(
+                f'{spectrum}, rho = {rho:g}',
+                'network evaluations',
+                {name: (EVALUATIONS, values) for name, values in results.items()},
+            )
+            for (spectrum, rho), results in tables.items()
+        ]
+        rows = 1 if len(panels) <= 2 else len(rhos)
+        plots.draw(plot_path, panels, 'exact Fréchet distance', rows, ylim=(2e-7, 1e2))
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-from benchmarks import orders, peers
+from benchmarks import orders, peers, plots
 
 EVALUATIONS = (10, 18, 34, 66, 130)  # so that nobody loses more than one of them to steps being powers of two
 # dpmpp_sde, churn and euler_ancestral mix their noise in a way that no Brownian path in λ describes.
@@ -54,7 +54,7 @@ def solve(name, path, problem, num_steps):
 
 
 def errors(name, path, problem, solution, evaluations):
-    """(strong error, weak error, the weak error's standard deviation), or None if that is too little work."""
+    """(strong error, weak error, the weak error's standard deviation)"""
     num_steps = (peers.PEERS | peers.OURS)[name].levels(evaluations) - 1
     num_steps = 2 ** int(math.log2(max(num_steps, 1)))  # the path's cells divide by powers of two
     x = solve(name, path, problem, num_steps)
@@ -66,7 +66,8 @@ def errors(name, path, problem, solution, evaluations):
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--problem', help='Data', type=click.Choice(['mixture', 'mixture 2-D']), default='mixture')
 @click.option('--paths', help='Brownian paths', metavar='INT', type=click.IntRange(min=2), default=4000)
-def main(problem, paths):
+@plots.option('the strong errors')
+def main(problem, paths, plot_path):
     """Print strong and weak errors against network evaluations (a JVP counts as one more).
 
     \b
@@ -77,9 +78,13 @@ def main(problem, paths):
     samplers = peers.available({**peers.PEERS, **peers.OURS})
     print('| ' + ' | '.join([f'{problem}: strong error; weak error', *map(str, EVALUATIONS)]) + ' |')
     print('|---' * (len(EVALUATIONS) + 1) + '|')
+    lines = {}
     for name in (name for name in ON_A_PATH if name in samplers):
         cells = [errors(name, path, problem, solution, count) for count in EVALUATIONS]
         print('| ' + ' | '.join([name, *(f'{s:.1e}; {w:.1e} ± {e:.0e}' for s, w, e in cells)]) + ' |', flush=True)
+        lines[name] = EVALUATIONS, [strong for strong, *_ in cells]
+    if plot_path:
+        plots.draw(plot_path, [plots.Panel(problem, 'network evaluations', lines)], 'strong error')
 
 
 if __name__ == '__main__':

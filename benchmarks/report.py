@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import click
-
 import dnnlib
 
 # ----------------------------------------------------------------------------
@@ -156,13 +154,6 @@ def is_best(report: Report, row: Row, metric: str) -> bool:
 
 MARKERS = {'o': '●', 's': '■', '^': '▲', 'D': '◆', 'v': '▼', 'P': '✚', 'X': '✖', '*': '★'}
 INK, SERIES = '#00ff00', [f'#00ff0{i}' for i in range(1, 9)]  # stand-ins that `_inline` turns into variables
-
-
-def require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.ClickException('the report needs matplotlib: pip install -e ".[plot]"') from None
 
 
 def look(index: int) -> tuple[int, str, str]:

@@ -10,6 +10,7 @@ standard error; x* is the solution on the same path, so few images suffice.
 import itertools
 import os
 import sys
+import time
 
 import click
 import torch
@@ -18,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import generate
 import sampler_2nd
-from benchmarks import mixture, peers
+from benchmarks import mixture, peers, plots
 from torch_utils import distributed
 
 SOLUTION_STEPS = 256
@@ -43,15 +44,21 @@ class Problem:
         return torch.cat([sampler_2nd.Denoiser(self.net, label)(part, sigma) for part, label in parts])
 
     def solve(self, name, levels):
-        """The images of a sampler that makes `levels` steps, the last one to σ = 0."""
+        """(images, seconds per image) of a sampler that makes `levels` steps, the last one to σ = 0.
+
+        Without those for the path. On a CPU it is processor time, of all threads.
+        """
         sigmas = [float(sigma) for sigma in sampler_2nd.noise_levels(self.net, levels, 0.002, 80, self.rho)]
         time_integral = name != 'ddb taylor'
         steps = itertools.pairwise(sigmas[:-1])
         normals = [z for step in steps for z in self.path.normals(self.latents, *step, 1.0, time_integral)]
         noise = mixture.PathNoise(name, normals)
+        sampler = (peers.PEERS | peers.OURS)[name]
+        clock = time.process_time if self.latents.device.type == 'cpu' else time.perf_counter
+        start = clock()
         with torch.no_grad():
-            sampler = (peers.PEERS | peers.OURS)[name]
-            return sampler.run(self.denoise, self.latents * sigmas[0], sigmas, noise)
+            images = sampler.run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()  # waits for a GPU
+        return images, (clock() - start) / len(images)
 
 
 def errors(x, solution):
@@ -69,7 +76,8 @@ def errors(x, solution):
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, default=mixture.ON_A_PATH)
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=50)
 @click.option('--device', help='cuda, mps or cpu', metavar='NAME', default='cpu')
-def main(network, seeds, evaluations, rho, names, batch, device):
+@plots.option('the strong error over evaluations and over seconds')
+def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
     """Print strong error; weak error ± its standard error, against network evaluations (a JVP counts as one more).
 
     \b
@@ -86,18 +94,27 @@ def main(network, seeds, evaluations, rho, names, batch, device):
         raise click.UsageError(str(err)) from None
     problem = Problem(net, seeds, rho, batch)
     counts, solutions = generate.parse_int_list(evaluations), {}
+    over_evaluations, over_seconds = {}, {}
     print('| strong error; weak error | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|', flush=True)
     for name in (name for name in names if name in samplers):
         best = 'ddb taylor' if name == 'ddb taylor' else 'ddb rk'
         if best not in solutions:
-            solutions[best] = problem.solve(best, SOLUTION_STEPS)
-        found = [errors(problem.solve(name, samplers[name].levels(n)), solutions[best]) for n in counts]
+            solutions[best], _ = problem.solve(best, SOLUTION_STEPS)
+        problem.solve(name, 3)  # imports packages, warms up
+        images, seconds = zip(*(problem.solve(name, samplers[name].levels(n)) for n in counts), strict=True)
+        found = [errors(x, solutions[best]) for x in images]
+        over_evaluations[name], over_seconds[name] = ((work, [each[0] for each in found]) for work in (counts, seconds))
         cells = [f'{strong:.1f}; {weak:+.4f} ± {spread:.4f}' for strong, weak, spread in found]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
     for name, x in solutions.items():
         energy = x.square().flatten(1).mean(1)
         print(f'E x*² = {float(energy.mean()):.4f} ± {float(energy.std()) / len(energy) ** 0.5:.4f} ({name})')
+    if plot_path:
+        title = f'{os.path.basename(network)}, rho = {rho:g}'
+        clock = f'{"processor " * (device == "cpu")}seconds per image'
+        panels = [plots.Panel(title, 'network evaluations', over_evaluations), plots.Panel(title, clock, over_seconds)]
+        plots.draw(plot_path, panels, 'strong error, grey levels')
 
 
 if __name__ == '__main__':

@@ -28,7 +28,9 @@ def test_the_images_are_those_of_generate(net, scheme, batch, pixels):
     sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
     classes, cpu = range(net.label_dim), torch.device('cpu')
     [(_, images)] = generate.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
-    difference = np.abs(generate.to_uint8(problem.solve(f'ddb {scheme}', 4)).astype(int) - images)
+    mine, seconds = problem.solve(f'ddb {scheme}', 4)
+    difference = np.abs(generate.to_uint8(mine).astype(int) - images)
+    assert seconds > 0
     assert difference.max() <= 1
     assert np.count_nonzero(difference) <= pixels
 
@@ -45,7 +47,9 @@ def test_errors_in_closed_form():
 
 def test_errors_fall_with_the_steps(monkeypatch):
     monkeypatch.setattr(solver_error, 'SOLUTION_STEPS', 32)
-    arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=ddb rk']
+    drawn = []
+    monkeypatch.setattr(solver_error.plots, 'draw', lambda _, panels, *__: drawn.extend(panels))
+    arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=ddb rk', '--plot=plot.png']
     result = click.testing.CliRunner().invoke(solver_error.main, arguments)
     assert result.exit_code == 0, result.output
     header, _, row, energy = result.output.splitlines()
@@ -55,6 +59,11 @@ def test_errors_fall_with_the_steps(monkeypatch):
     coarse, fine = (float(cell.split(';')[0]) for cell in cells)
     assert name == 'ddb rk'
     assert fine < coarse
+    assert [panel.xlabel for panel in drawn] == ['network evaluations', 'processor seconds per image']
+    (work, errors), (seconds, same_errors) = (panel.lines['ddb rk'] for panel in drawn)
+    assert work == [4, 16]
+    assert errors == same_errors == pytest.approx([coarse, fine], abs=0.05)
+    assert 0 < 2 * seconds[0] < seconds[1]
 
 
 @pytest.mark.parametrize(
