@@ -19,7 +19,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -39,6 +38,7 @@ import fid
 import generate
 import sampler_2nd
 from benchmarks import peers, plots, report
+from benchmarks.clock import clock_for
 from benchmarks.record import Record
 from images import pictures
 from metrics import measure
@@ -52,7 +52,6 @@ from training.file_tree import FileTree
 PACKAGES = ('k-diffusion', 'diffusers', 'torchsde')
 BUDGETS = [8, 16, 32]
 NOISE_OPTION = {'db': 'S_churn', 'euler': 'eta', 'taylor': 'eta', 'rk': 'eta'}  # whose noise has a dial
-WINDOW = ('S_min', 'S_max', 'S_noise')  # of samplers with such a dial, where it is above 0
 DEFAULTS = {'rho': 7, 'eta': 1, 'S_churn': 0}
 
 
@@ -243,7 +242,7 @@ def measure_cell(
 
     On a CPU it is the processor time of all threads that counts: other programs disturb it less.
     """
-    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+    clock = clock_for(device)
     batches, sampler = generate.split_seeds(seeds, batch), cell.make()
     images = judge.start()
     list(generate.generate_images(net, [seeds[:1]], sampler, device))
@@ -510,16 +509,15 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
     peer = next((name for name in opts.samplers if name not in OURS), None)
     if 1 in (opts.steps or []) and peer is not None:
         raise click.UsageError(f'--steps=1: {peer} needs two steps')
+    given = [name for name in opts if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     for option in ('eta', 'S_churn'):
         owners = [name for name, its in NOISE_OPTION.items() if its == option]
-        given = context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
-        if given and not set(owners) & set(opts.samplers):
+        if option in given and not set(owners) & set(opts.samplers):
             text = f'--{option} is for {", ".join(owners)}; --samplers={",".join(opts.samplers)} has none'
             raise click.UsageError(text)
     amounts = [amount for name in opts.samplers if name in NOISE_OPTION for amount in opts[NOISE_OPTION[name]]]
-    for option in WINDOW:
-        given = context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
-        if given and not any(amounts):
+    for option in ('S_min', 'S_max', 'S_noise'):
+        if option in given and not any(amounts):
             raise click.UsageError(f'--{option} needs noise: a sampler of ours with --eta or --S_churn above 0')
 
 

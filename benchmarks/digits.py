@@ -11,7 +11,6 @@ Seconds are processor time, summed over all threads, which other programs distur
 
 import os
 import sys
-import time
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import generate
 import sampler_2nd
 from benchmarks import digits_classifier, peers
+from benchmarks.clock import clock_for
 from benchmarks.record import Record
 from metrics import distances
 from torch_utils import distributed
@@ -94,7 +94,7 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
     sigmas = sampler_2nd.noise_levels(net, sampler.levels(evaluations), 0.002, 80, rho)
     classes = torch.arange(num) % net.label_dim
     device = next(net.parameters()).device
-    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+    clock = clock_for(device)
     parts, start = [], clock()
     for i, labels in enumerate(torch.eye(net.label_dim)[classes].split(batch)):
         shape = [len(labels), net.img_channels, net.img_resolution, net.img_resolution]

@@ -10,7 +10,6 @@ standard error; x* is the solution on the same path, so few images suffice.
 import itertools
 import os
 import sys
-import time
 
 import click
 import torch
@@ -20,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import generate
 import sampler_2nd
 from benchmarks import mixture, peers, plots
+from benchmarks.clock import clock_for
 from torch_utils import distributed
 
 SOLUTION_STEPS = 256
@@ -54,7 +54,7 @@ class Problem:
         normals = [z for step in steps for z in self.path.normals(self.latents, *step, 1.0, time_integral)]
         noise = mixture.PathNoise(name, normals)
         sampler = (peers.PEERS | peers.OURS)[name]
-        clock = time.process_time if self.latents.device.type == 'cpu' else time.perf_counter
+        clock = clock_for(self.latents.device)
         start = clock()
         with torch.no_grad():
             images = sampler.run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()  # waits for a GPU
