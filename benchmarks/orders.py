@@ -233,24 +233,18 @@ def fit(steps, errors, floors) -> Convergence:
     return Convergence(steps, errors, -float((n * e).sum() / (n * n).sum()))
 
 
-def convergence(
-    scheme, problem, path, steps, eta=1.0, S_max=math.inf, references: dict[Any, Any] | None = None
-) -> Convergence:
+def convergence(scheme, problem, path, steps, eta, S_max, references) -> Convergence:
     """Strong errors: root mean square, over the paths, of the distance from the solution with 4 times the last steps.
 
     `references` keeps solutions for other calls.
     """
-    references = {} if references is None else references
     solution, floor = solution_on(path, scheme, problem, 4 * steps[-1], eta, S_max, references)
     errors = [rms(solve(scheme, problem, path, n, eta, S_max) - solution) for n in steps]
     return fit(steps, errors, [floor] * len(steps))
 
 
-def moment_convergence(
-    scheme, problem, path, steps, eta=1.0, S_max=math.inf, references: dict[Any, Any] | None = None
-) -> Convergence:
+def moment_convergence(scheme, problem, path, steps, eta, S_max, references) -> Convergence:
     """Weak errors, |E x² − E x*²| with x* the solution on the same path; their floors are the Monte Carlo noise."""
-    references = {} if references is None else references
     solution, _ = solution_on(path, scheme, problem, 1024, eta, S_max, references)
     gaps = [(solve(scheme, problem, path, n, eta, S_max).square() - solution.square()).sum(-1) for n in steps]
     return fit(steps, [abs(float(g.mean())) for g in gaps], [float(g.std()) / math.sqrt(len(g)) for g in gaps])
