@@ -31,10 +31,14 @@ def test_a_diagram_has_a_panel_for_each_axis_and_rates_in_the_legend(tmp_path, m
     figures = []
     monkeypatch.setattr(pyplot, 'close', figures.append)
     lines = {'ddb rk': (WORK, [n**-2.0 for n in WORK]), 'EDM Heun': (WORK, [n**-1.0 for n in WORK])}
-    panels = [plots.Panel('digits', axis, lines) for axis in ('network evaluations', 'seconds per image')]
+    seconds = {name: ([n / 7 for n in work], errors) for name, (work, errors) in lines.items()}
+    panels = [plots.Panel('digits', 'network evaluations', lines), plots.Panel('digits', 'seconds per image', seconds)]
     plots.draw(str(tmp_path / 'plot.png'), panels, 'error')
     [figure] = figures
     assert [ax.get_xlabel() for ax in figure.axes] == ['network evaluations', 'seconds per image']
+    ticks = [[label.get_text() for label in ax.get_xticklabels()] for ax in figure.axes]
+    assert ticks[0] == ['8', '16', '32']
+    assert not any('.' in tick for tick in ticks[1])
     for ax in figure.axes:
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ['ddb rk: 2.0', 'EDM Heun: 1.0']
         ours, theirs = ax.get_lines()
