@@ -43,15 +43,21 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    ours = networks._split_dual, networks._may_overwrite, networks._attention, networks._winograd_pays
+    ours = networks._split_dual, networks._may_overwrite, networks.UNetBlock._attend, networks._winograd_pays
     networks._split_dual = lambda x, *params: (x, None)
     networks._may_overwrite = lambda *tensors: False
-    networks._attention = lambda q, k, v: v @ networks.AttentionOp.apply(q, k).transpose(1, 2)
+    networks.UNetBlock._attend = attend_by_matrix_products
     networks._winograd_pays = lambda x, weight: False
     try:
         yield
     finally:
-        networks._split_dual, networks._may_overwrite, networks._attention, networks._winograd_pays = ours
+        networks._split_dual, networks._may_overwrite, networks.UNetBlock._attend, networks._winograd_pays = ours
+
+
+def attend_by_matrix_products(block: Any, x: torch.Tensor) -> torch.Tensor:
+    heads = [x.shape[0] * block.num_heads, x.shape[1] // block.num_heads, 3, -1]
+    q, k, v = block.qkv(block.norm2(x)).reshape(heads).unbind(2)
+    return block.proj((v @ networks.AttentionOp.apply(q, k).transpose(1, 2)).reshape(x.shape))
 
 
 def randomize_zeros(net: torch.nn.Module) -> None:

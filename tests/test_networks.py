@@ -111,10 +111,10 @@ def test_parameter_names_shapes_and_order_are_those_of_the_published_networks(na
     assert found == expected
 
 
-def noisy_network(class_name, **kwargs):
+def noisy_network(class_name, img_resolution=8, **kwargs):
     """A small network in float64 whose every weight is random, so that no path is switched off by a zero init."""
     torch.manual_seed(0)
-    net = getattr(networks, class_name)(img_resolution=8, img_channels=1, **kwargs).double().eval()
+    net = getattr(networks, class_name)(img_resolution, img_channels=1, **kwargs).double().eval()
     with torch.no_grad():
         for param in net.parameters():
             param.add_(0.2 * torch.randn_like(param))
@@ -172,7 +172,8 @@ def test_forward_mode_agrees_with_a_central_difference(class_name, kwargs, wrt):
 
 def jvp_in_x_and_sigma(net):
     """JVP of a network in float32 along fixed tangents in x and sigma."""
-    x, tangent = torch.randn([2, 2, 1, 8, 8], generator=torch.Generator().manual_seed(1))
+    shape = [2, 2, 1, net.img_resolution, net.img_resolution]
+    x, tangent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     labels = torch.eye(3)[[0, 2]] if net.label_dim else None
     sigma = torch.tensor([0.5, 2.0])
     return torch.func.jvp(lambda x, sigma: net(x, sigma, labels), (x, sigma), (tangent, torch.ones(2)))
@@ -289,6 +290,39 @@ def test_attention_in_slices_is_attention_over_the_whole_batch(monkeypatch):
     monkeypatch.setattr(networks, '_L2', 1)
     sliced = jvp_in_x_and_sigma(net)
     assert max(relative(a, b) for a, b in zip(sliced, whole, strict=True)) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='PyTorch multiplies matrices with MKL on x86 only')
+def test_matrix_products_by_convolution_are_those_of_pytorch_whatever_the_batch():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 256, 24), torch.randn(5, 24, 40)
+    with CountOps() as ops:
+        product = networks._bmm(a, b)
+    assert ops.counts['aten.convolution'] == 1
+    assert relative(product, a.double() @ b.double()) < 1e-6
+    for i in range(5):
+        assert torch.equal(networks._bmm(a[i : i + 1], b[i : i + 1]), product[i : i + 1])
+    single = torch.func.vmap(lambda a, b: networks._bmm(a[None], b[None])[0])(a, b)
+    assert relative(single, product) < 1e-6
+    for other in (a[:, :255], a.double(), a.to('meta')):
+        assert not networks._convolution_multiplies(other)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not networks._convolution_multiplies(a)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('model', ['SongUNet', 'DhariwalUNet'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_wide_attention_and_its_tangent_are_those_of_float64(model, memory_format):
+    options = {'model_channels': 128, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': [16]}
+    net = noisy_network('EDMPrecond', img_resolution=16, model_type=model, **options)
+    wide = jvp_in_x_and_sigma(net)
+    net = net.float().to(memory_format=memory_format)
+    with CountOps() as ops:
+        found = jvp_in_x_and_sigma(net)
+    assert ops.counts['aten._softmax'] > 0
+    assert max(relative(a, b) for a, b in zip(found, wide, strict=True)) < 1e-5
 
 
 def test_iddpm_noise_conditioning_has_zero_derivative():

@@ -88,6 +88,13 @@ def _is_batched(tensor):
     return False
 
 
+def _runs_kernels_of_float32_on_cpu(x):
+    """Is x what it seems to be: no autocast, no `vmap` and no `torch.compile` between an operation and its kernel?"""
+    if x.device.type != 'cpu' or x.dtype != torch.float32:
+        return False
+    return not (torch.is_autocast_enabled('cpu') or _is_batched(x) or torch.compiler.is_compiling())
+
+
 def _silu(x):
     """x/(1 + e^−x), in x's place where it may: for tensors that nobody else needs. So do `_scale` and `_add`.
 
@@ -159,11 +166,10 @@ def _conv3x3(x, weight, bias):
 
 def _winograd_pays(x, weight):
     """On a CPU, channels last, with many channels and pixels; whatever the batch, on which images must not depend."""
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or x.stride(1) != 1 or x.shape[2] % 4:
+    if x.stride(1) != 1 or x.shape[2] % 4:
         return False
     many = weight.shape[0] * weight.shape[1] >= WIDE and x.shape[2] * x.shape[3] >= 2**8
-    half = torch.is_autocast_enabled('cpu')  # would lose too much in the sums
-    return many and not half and not _is_batched(x) and not torch.compiler.is_compiling()
+    return many and _runs_kernels_of_float32_on_cpu(x)  # half precision would lose too much in the sums
 
 
 def _winograd(x, weight, bias):
@@ -374,20 +380,19 @@ class AttentionOp:
 
 
 def _attention(q, k, v):
-    """v wᵀ with the weights w of `AttentionOp`.  q, k, v: [B, c, L] → [B, c, L]."""
+    """w v with the weights w = softmax(q kᵀ/√c) of `AttentionOp`, rows of them.  q, k, v: [B, L, c] → [B, L, c]."""
     duals = [_split_dual(each) for each in (q, k, v)]
-    # What follows is fast on rows only.
-    q, k, v = (primal.transpose(1, 2).contiguous() for primal, _ in duals)
+    q, k, v = (primal for primal, _ in duals)
     if duals[0][1] is not None:
-        tangents = [tangent.transpose(1, 2).contiguous() for _, tangent in duals]
+        tangents = [tangent for _, tangent in duals]
         slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, *tangents)]
-        a, da = (torch.cat(parts).transpose(1, 2).contiguous() for parts in zip(*slices, strict=True))
-        return forward_ad.make_dual(a, da)
+        return forward_ad.make_dual(*map(torch.cat, zip(*slices, strict=True)))
     if torch.is_grad_enabled():
-        a = AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2)) @ v
-        return a.transpose(1, 2).contiguous()  # PyTorch's forward mode of group norm takes nothing else
+        return AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2)) @ v
+    if _convolution_multiplies(q):
+        return torch.cat([_bmm(_attention_weights(q, k), v) for q, k, v in _cached_slices(q, k, v)])
     # The same in one kernel, which has no forward mode.
-    return scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(1, 2)
+    return scaled_dot_product_attention(q[None], k[None], v[None])[0]
 
 
 def _cached_slices(*tensors):
@@ -397,15 +402,41 @@ def _cached_slices(*tensors):
     return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
 
 
+def _attention_weights(q, k):
+    """softmax(q kᵀ/√c) over the keys: [B, L, L]."""
+    return _bmm(q, k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(dim=2)
+
+
 def _attention_with_tangent(q, k, v, dq, dk, dv):
     """a = w v and da = w dv + dw v, [B, L, c].  With the logits' tangent l: dw = w l − w Σ(w l), sums over the keys."""
-    w = AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2))
-    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[2])
+    wide = torch.promote_types(q.dtype, torch.float32)
     q, k, dq, dk = (each.to(wide) for each in (q, k, dq, dk))
-    wl = torch.baddbmm(dq @ k.transpose(1, 2), q, dk.transpose(1, 2), beta=scale, alpha=scale).mul_(w)
-    a = w @ v
-    da = torch.baddbmm(w @ dv, wl.to(v.dtype), v)
-    return a, torch.addcmul(da, a, wl.sum(dim=2, keepdim=True).to(v.dtype), value=-1)
+    w = _attention_weights(q, k)
+    both = torch.cat([k, dk], dim=2).transpose(1, 2) / math.sqrt(q.shape[2])
+    wl = _bmm(torch.cat([dq, q], dim=2), both).mul_(w)
+    total, w, wl = (each.to(v.dtype) for each in (wl.sum(dim=2, keepdim=True), w, wl))
+    a, da = _bmm(w, v), _bmm(w, dv) + _bmm(wl, v)
+    return a, torch.addcmul(da, a, total, value=-1)
+
+
+def _bmm(a, b):
+    """a b for each of a batch.  a: [B, L, c], b: [B, c, K] → [B, L, K].
+
+    PyTorch takes its matrix products on x86 from MKL, which leaves half the speed of AMD's processors unused. The
+    convolution with a's rows as kernels uses all of it.
+    """
+    if not _convolution_multiplies(a):
+        return a @ b
+    kernels = a.reshape(-1, a.shape[2], 1, 1)
+    if len(b) == 1:  # A single group takes a kernel that rounds otherwise, so each half of the rows gets a group.
+        b = b.expand(2, -1, -1)
+    return conv2d(b.reshape(1, -1, 1, b.shape[2]), kernels, groups=len(b)).view(*a.shape[:2], -1)
+
+
+def _convolution_multiplies(a):
+    """Is a convolution the faster way to multiply `a`? Whatever the batch, on which images must not depend."""
+    many = a.shape[1] >= 2**8 and a.shape[1] % 2 == 0
+    return many and torch.backends.mkl.is_available() and _runs_kernels_of_float32_on_cpu(a)
 
 
 @persistence.persistent_class
@@ -473,9 +504,11 @@ class UNetBlock(torch.nn.Module):
 
     def _attend(self, x):
         # The 3·C channels of qkv run over heads first, then channels of a head, then {q, k, v}.
-        heads = [x.shape[0] * self.num_heads, x.shape[1] // self.num_heads, 3, -1]
-        q, k, v = self.qkv(self.norm2(x)).reshape(heads).unbind(2)
-        return self.proj(_attention(q, k, v).reshape(x.shape))
+        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.num_heads, -1, 3))
+        q, k, v = (each.transpose(2, 3).flatten(0, 1).contiguous() for each in qkv.unbind(3))
+        a = _attention(q, k, v).unflatten(0, (-1, self.num_heads))
+        a = a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])  # channels last
+        return self.proj(a if x.stride(1) == 1 else a.contiguous())
 
 
 @persistence.persistent_class
