@@ -4,10 +4,12 @@
 
 Every network runs in two ways: as generate.py runs it, and as straightforward eager PyTorch would (`plain`: channels
 first, PyTorch's own forward-mode rules, attention by matrix products, a new tensor for every result, memory as the C
-library keeps it). The four take turns, so that a busy machine slows them all; each ratio is the median over the rounds,
-of several pairs of processes, since how much new memory costs one of them is a matter of luck. The last column is the
-relative distance between the tangents of the two ways. `--dtype=bf16` runs the same under autocast, `--device=cuda` on
-a GPU.
+library keeps it). Forward passes and JVPs of each have processes of their own, since a sampler makes either these or
+those, and the memory that a JVP takes would be there for the forward pass too. The four take turns, so that a busy
+machine slows them all; a turn begins with a call that is not timed, as a sampler calls its network again and again. A
+ratio is the median over the rounds, of several sets of processes, since how much new memory costs one of them is a
+matter of luck. The last column is the relative distance between the two tangents. `--dtype=bf16` runs the same under
+autocast, `--device=cuda` on a GPU.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from torch_utils import distributed, network_io
 from training import networks
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+WAYS = 'ours forward', 'plain forward', 'ours jvp', 'plain jvp'
 
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
@@ -69,18 +72,18 @@ def randomize_zeros(net: torch.nn.Module) -> None:
 
 
 class Arm:
-    """One way to run a network, in a process of its own, since how memory is kept concerns a whole process."""
+    """One way ('ours forward', 'plain jvp', …) to run a network, in a process of its own, as memory is a process's."""
 
-    def __init__(self, kind: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, way: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
         spawn = multiprocessing.get_context('spawn')
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(theirs, kind, name, batch, dtype, device), daemon=True)
+        self._process = spawn.Process(target=serve, args=(theirs, way, name, batch, dtype, device), daemon=True)
         self._process.start()
         theirs.close()
 
-    def __call__(self, way: str) -> tuple[float, torch.Tensor]:
-        """Seconds, and the result, of 'forward' or 'jvp'."""
-        self._pipe.send(way)
+    def __call__(self) -> tuple[float, torch.Tensor]:
+        """Seconds that a call took, and its result."""
+        self._pipe.send('go')
         seconds, result = self._pipe.recv()
         return seconds, torch.from_numpy(result)
 
@@ -90,29 +93,35 @@ class Arm:
 
 
 @torch.no_grad()
-def serve(pipe: Connection, kind: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
+def serve(pipe: Connection, way: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
     """The process of an `Arm`: answer until the other end of the pipe is closed."""
-    calls = prepare(name, kind, batch, dtype, device)
-    with plain() if kind == 'plain' else contextlib.nullcontext():
+    call = prepare(way, name, batch, dtype, device)
+    with plain() if way.startswith('plain') else contextlib.nullcontext():
         while True:
             try:
-                way = pipe.recv()
+                pipe.recv()
             except EOFError:
                 return
-            start = time.perf_counter()
-            result = calls[way]()
-            result[0, 0, 0, 0].item()  # waits for a GPU
-            seconds = time.perf_counter() - start
+            clock(call)  # finds the processor's caches full of the other arms' numbers
+            seconds, result = clock(call)
             pipe.send((seconds, result.float().cpu().numpy()))
 
 
-def prepare(name: str, kind: str, batch: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """What to time, by way: the denoised images, and their tangent. Equal for all kinds but for rounding."""
+def clock(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Seconds that `call()` takes, and what it returns."""
+    start = time.perf_counter()
+    result = call()
+    result[0, 0, 0, 0].item()  # waits for a GPU
+    return time.perf_counter() - start, result
+
+
+def prepare(way: str, name: str, batch: int, dtype: torch.dtype, device: str) -> Callable[[], torch.Tensor]:
+    """What to time: denoised images, or their tangent. Equal for 'ours' and 'plain' but for rounding."""
     torch.manual_seed(0)
     net: Any = NETWORKS[name]().eval().requires_grad_(False)
     randomize_zeros(net)
     net.to(device)
-    if kind == 'ours' and device == 'cpu':
+    if way.startswith('ours') and device == 'cpu':
         generate.prepare_for_cpu(net)
     x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution]).to(device)
     sigma = torch.linspace(0.1, 2, batch, device=device)
@@ -123,36 +132,35 @@ def prepare(name: str, kind: str, batch: int, dtype: torch.dtype, device: str) -
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             return net(x, sigma, labels)
 
-    return {'forward': forward, 'jvp': lambda: torch.func.jvp(forward, (x,), (tangent,))[1]}
+    return forward if way.endswith('forward') else lambda: torch.func.jvp(forward, (x,), (tangent,))[1]
 
 
 def measure(
-    name: str, batch: int, rounds: int, pairs: int, dtype: torch.dtype, device: str
+    name: str, batch: int, rounds: int, sets: int, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds of each round by way, and the relative distance between the two tangents."""
     seconds: dict[str, list[float]] = {}
-    tangents: dict[str, torch.Tensor] = {}
-    for _ in range(pairs):
-        arms = {kind: Arm(kind, name, batch, dtype, device) for kind in ('ours', 'plain')}
+    results: dict[str, torch.Tensor] = {}
+    for _ in range(sets):
+        arms = {way: Arm(way, name, batch, dtype, device) for way in WAYS}
         for i in range(rounds + 1):
-            for way in ('forward', 'jvp'):
-                for kind, arm in arms.items():
-                    taken, tangents[kind] = arm(way)
-                    if i > 0:  # the first round warms up
-                        seconds.setdefault(f'{kind} {way}', []).append(taken)
+            for way, arm in arms.items():
+                taken, results[way] = arm()
+                if i > 0:  # the first round warms up
+                    seconds.setdefault(way, []).append(taken)
         for arm in arms.values():
             arm.close()
-    distance = float((tangents['ours'] - tangents['plain']).norm() / tangents['plain'].norm())
-    return seconds, distance
+    tangent = results['plain jvp']
+    return seconds, float((results['ours jvp'] - tangent).norm() / tangent.norm())
 
 
 @click.command()
 @click.option('--batch', type=click.IntRange(min=1), default=16, show_default=True)
 @click.option('--rounds', type=click.IntRange(min=1), default=5, show_default=True)
-@click.option('--pairs', help='Of processes', type=click.IntRange(min=1), default=3, show_default=True)
+@click.option('--sets', help='Of processes', type=click.IntRange(min=1), default=3, show_default=True)
 @click.option('--dtype', type=click.Choice(list(DTYPES)), default='fp32', show_default=True)
 @click.option('--device', metavar='NAME', default='cpu', show_default=True)
-def main(batch: int, rounds: int, pairs: int, dtype: str, device: str) -> None:
+def main(batch: int, rounds: int, sets: int, dtype: str, device: str) -> None:
     try:
         distributed.select_device(device)
     except ValueError as err:
@@ -161,7 +169,7 @@ def main(batch: int, rounds: int, pairs: int, dtype: str, device: str) -> None:
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|')
     for name in NETWORKS:
-        seconds, distance = measure(name, batch, rounds, pairs, DTYPES[dtype], device)
+        seconds, distance = measure(name, batch, rounds, sets, DTYPES[dtype], device)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))

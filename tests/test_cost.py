@@ -39,7 +39,7 @@ def test_plain_is_pytorch_without_our_rules(net):
 
 def test_measure_times_four_ways_and_compares_the_tangents():
     seconds, distance = cost.measure(
-        'the shipped network', batch=2, rounds=2, pairs=1, dtype=torch.float32, device='cpu'
+        'the shipped network', batch=2, rounds=2, sets=1, dtype=torch.float32, device='cpu'
     )
     assert {way: len(values) for way, values in seconds.items()} == dict.fromkeys(
         ['ours forward', 'plain forward', 'ours jvp', 'plain jvp'], 2

@@ -172,7 +172,7 @@ RULES = [
         r'benchmarks/compare\.py .*--steps.*', a_report, f'{SMALL_COMPARISON} --steps=3 --eta=0,1', needs='matplotlib'
     ),
     Rule(r'benchmarks/gaussian_fd\.py .*', a_plot, '--spectrum=power --rho=7', slow=True, needs='matplotlib'),
-    Rule(r'benchmarks/cost\.py.*', smaller='--batch=1 --rounds=1 --pairs=1 --device=cpu', slow=True),
+    Rule(r'benchmarks/cost\.py.*', smaller='--batch=1 --rounds=1 --sets=1 --device=cpu', slow=True),
     Rule(r'benchmarks/guidance\.py.*', smaller='--paths=4', slow=True),
     Rule(r'benchmarks/killed_run\.py.*', smaller='--num=48 --kills=1 --batch=8', slow=True),
     Rule(r'benchmarks/write_images\.py.*', smaller='--num=2 --repeats=1 --ms=20', slow=True),
