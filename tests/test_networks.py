@@ -293,8 +293,8 @@ def test_attention_in_slices_is_attention_over_the_whole_batch(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='PyTorch multiplies matrices with MKL on x86 only')
-def test_matrix_products_by_convolution_are_those_of_pytorch_whatever_the_batch():
+def test_matrix_products_by_convolution_are_those_of_pytorch_whatever_the_batch(monkeypatch):
+    monkeypatch.setattr(networks, '_mkl_is_slow', lambda: True)
     torch.manual_seed(0)
     a, b = torch.randn(5, 256, 24), torch.randn(5, 24, 40)
     with CountOps() as ops:
@@ -311,10 +311,32 @@ def test_matrix_products_by_convolution_are_those_of_pytorch_whatever_the_batch(
         assert not networks._convolution_multiplies(a)
 
 
+@pytest.mark.parametrize(
+    ('capability', 'cpuinfo', 'slow'),
+    [
+        ('AVX512', 'vendor_id\t: AuthenticAMD', True),
+        ('AVX2', 'vendor_id\t: AuthenticAMD', False),
+        ('AVX512', 'vendor_id\t: GenuineIntel', False),
+        ('AVX512', None, False),
+    ],
+)
+def test_matrices_are_multiplied_by_convolutions_on_amd_with_avx512_only(
+    capability, cpuinfo, slow, monkeypatch, tmp_path
+):
+    path = tmp_path / 'cpuinfo'
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
+    monkeypatch.setattr(networks, 'open', lambda name: path.open(), raising=False)
+    assert networks._mkl_is_slow.__wrapped__() is slow
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('model', ['SongUNet', 'DhariwalUNet'])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_wide_attention_and_its_tangent_are_those_of_float64(model, memory_format):
+def test_wide_attention_and_its_tangent_are_those_of_float64(model, memory_format, monkeypatch):
+    monkeypatch.setattr(networks, '_mkl_is_slow', lambda: True)
     options = {'model_channels': 128, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': [16]}
     net = noisy_network('EDMPrecond', img_resolution=16, model_type=model, **options)
     wide = jvp_in_x_and_sigma(net)

@@ -12,6 +12,7 @@ Architectures: Ho et al. 2020 (arXiv 2006.11239), Song et al. 2021 (2011.13456),
 preconditioning: Karras et al. 2022 (2206.00364), table 1.
 """
 
+import functools
 import math
 
 import torch
@@ -422,8 +423,7 @@ def _attention_with_tangent(q, k, v, dq, dk, dv):
 def _bmm(a, b):
     """a b for each of a batch.  a: [B, L, c], b: [B, c, K] → [B, L, K].
 
-    PyTorch takes its matrix products on x86 from MKL, which leaves half the speed of AMD's processors unused. The
-    convolution with a's rows as kernels uses all of it.
+    The convolution with a's rows as kernels is the same. See `_mkl_is_slow`.
     """
     if not _convolution_multiplies(a):
         return a @ b
@@ -436,7 +436,23 @@ def _bmm(a, b):
 def _convolution_multiplies(a):
     """Is a convolution the faster way to multiply `a`? Whatever the batch, on which images must not depend."""
     many = a.shape[1] >= 2**8 and a.shape[1] % 2 == 0
-    return many and torch.backends.mkl.is_available() and _runs_kernels_of_float32_on_cpu(a)
+    return many and _runs_kernels_of_float32_on_cpu(a) and _mkl_is_slow()
+
+
+@functools.cache
+def _mkl_is_slow():
+    """Is this Linux on an AMD processor with AVX-512?
+
+    There MKL, from which PyTorch takes its matrix products, reaches half the speed of oneDNN, from which it takes its
+    convolutions. With AVX2 they are equally fast.
+    """
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or not torch.backends.mkl.is_available():
+        return False
+    try:
+        with open('/proc/cpuinfo') as file:
+            return 'AuthenticAMD' in file.read()
+    except OSError:
+        return False
 
 
 @persistence.persistent_class
