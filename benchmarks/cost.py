@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -46,15 +47,20 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    ours = networks._split_dual, networks._may_overwrite, networks.UNetBlock._attend, networks._winograd_pays
-    networks._split_dual = lambda x, *params: (x, None)
-    networks._may_overwrite = lambda *tensors: False
-    networks.UNetBlock._attend = attend_by_matrix_products
-    networks._winograd_pays = lambda x, weight: False
-    try:
+    rules = {
+        '_split_dual': lambda x, *params: (x, None),
+        '_may_overwrite': lambda *tensors: False,
+        '_winograd_pays': lambda x, weight: False,
+        '_upsample_and_convolve': upsample_then_convolve,
+    }
+    attend = mock.patch.object(networks.UNetBlock, '_attend', attend_by_matrix_products)
+    with mock.patch.multiple(networks, **rules), attend:
         yield
-    finally:
-        networks._split_dual, networks._may_overwrite, networks.UNetBlock._attend, networks._winograd_pays = ours
+
+
+def upsample_then_convolve(x: torch.Tensor, f: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    upsampled = networks._resample(x, f, up=True, padding=(f.shape[-1] - 1) // 2)
+    return torch.nn.functional.conv2d(upsampled, weight, bias, padding=weight.shape[-1] // 2)
 
 
 def attend_by_matrix_products(block: Any, x: torch.Tensor) -> torch.Tensor:

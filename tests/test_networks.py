@@ -377,6 +377,21 @@ def test_resampling_keeps_the_mean_and_box_filter_averages():
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
+@pytest.mark.parametrize('taps', [[1, 1], [1, 3], [1, 3, 3, 1]])
+@pytest.mark.parametrize('kernel', [1, 3])
+def test_upsampling_and_convolution_in_one_are_the_two_steps(kernel, taps):
+    torch.manual_seed(0)
+    both = networks.Conv2d(3, 5, kernel, up=True, resample_filter=taps, init_bias=1).double()
+    upsample, convolve = networks.Conv2d(3, 3, 0, up=True, resample_filter=taps), networks.Conv2d(3, 5, kernel)
+    convolve.load_state_dict({'weight': both.weight, 'bias': both.bias})
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    with CountOps() as ops:
+        y = both(x)
+    assert torch.allclose(y, convolve.double()(upsample.double()(x)), rtol=0, atol=1e-14)
+    assert y.shape == (2, 5, 8, 12)
+    assert ops.counts['aten.convolution'] == (1 if kernel == 3 and len(taps) == 2 else 2)
+
+
 def test_fused_resampling_equals_the_two_steps_inside_the_image():
     torch.manual_seed(0)
     for direction in ('up', 'down'):
