@@ -58,9 +58,10 @@ def plain() -> Iterator[None]:
         yield
 
 
-def upsample_then_convolve(x: torch.Tensor, f: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    upsampled = networks._resample(x, f, up=True, padding=(f.shape[-1] - 1) // 2)
-    return torch.nn.functional.conv2d(upsampled, weight, bias, padding=weight.shape[-1] // 2)
+def upsample_then_convolve(
+    x: torch.Tensor, f: torch.Tensor, f_pad: int, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return networks._convolve_same(networks._resample(x, f, True, f_pad), weight, bias)
 
 
 def attend_by_matrix_products(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -108,12 +109,12 @@ def serve(pipe: Connection, way: str, name: str, batch: int, dtype: torch.dtype,
                 pipe.recv()
             except EOFError:
                 return
-            clock(call)  # finds the processor's caches full of the other arms' numbers
-            seconds, result = clock(call)
+            timed(call)  # finds the processor's caches full of the other arms' numbers
+            seconds, result = timed(call)
             pipe.send((seconds, result.float().cpu().numpy()))
 
 
-def clock(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def timed(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     """Seconds that `call()` takes, and what it returns."""
     start = time.perf_counter()
     result = call()

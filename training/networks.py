@@ -329,7 +329,7 @@ class Conv2d(torch.nn.Module):
             return _convolve_same(x, weight, bias)
         if not self.fused_resample:
             if self.up and x.device.type == 'cpu':
-                return _upsample_and_convolve(x, f, weight, bias)
+                return _upsample_and_convolve(x, f, f_pad, weight, bias)
             return _convolve_same(_resample(x, f, self.up, f_pad), weight, bias)
         if self.up:
             return conv2d(_resample(x, f, True, max(f_pad - w_pad, 0)), weight, bias, padding=max(w_pad - f_pad, 0))
@@ -343,13 +343,12 @@ def _convolve_same(x, weight, bias):
     return _conv3x3(x, weight, bias) if padding == 1 else conv2d(x, weight, bias, padding=padding)
 
 
-def _upsample_and_convolve(x, f, weight, bias):
+def _upsample_and_convolve(x, f, f_pad, weight, bias):
     """2× upsampling by the filter f, then `_convolve_same`, with less arithmetic."""
-    taps, f_pad = f.shape[-1], (f.shape[-1] - 1) // 2
     if weight.shape[-1] == 1:  # commutes with the filter
         y = _resample(conv2d(x, weight), f, True, f_pad)
         return y if bias is None else _add(y, bias[:, None, None])
-    if weight.shape[-1] == 3 and taps == 2:  # In one: 16 products per pixel of x instead of 36.
+    if weight.shape[-1] == 3 and f.shape[-1] == 2:  # In one: 16 products per pixel of x instead of 36.
         outer = torch.stack([pad(2 * f[0, 0].sum(0), (2 - i, i)) for i in range(3)])
         kernel = torch.einsum('oiab,ak,bl->iokl', weight, outer, outer)
         return conv_transpose2d(x, kernel, bias, stride=2, padding=1)
@@ -404,11 +403,9 @@ class AttentionOp:
 
 def _attention(q, k, v):
     """w v with the weights w = softmax(q kᵀ/√c) of `AttentionOp`, rows of them.  q, k, v: [B, L, c] → [B, L, c]."""
-    duals = [_split_dual(each) for each in (q, k, v)]
-    q, k, v = (primal for primal, _ in duals)
-    if duals[0][1] is not None:
-        tangents = [tangent for _, tangent in duals]
-        slices = [_attention_with_tangent(*each) for each in _cached_slices(q, k, v, *tangents)]
+    primals, tangents = zip(*map(_split_dual, (q, k, v)), strict=True)
+    if tangents[0] is not None:
+        slices = [_attention_with_tangent(*each) for each in _cached_slices(*primals, *tangents)]
         return forward_ad.make_dual(*map(torch.cat, zip(*slices, strict=True)))
     if torch.is_grad_enabled():
         return AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2)) @ v
@@ -545,8 +542,8 @@ class UNetBlock(torch.nn.Module):
         qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.num_heads, -1, 3))
         q, k, v = (each.transpose(2, 3).flatten(0, 1).contiguous() for each in qkv.unbind(3))
         a = _attention(q, k, v).unflatten(0, (-1, self.num_heads))
-        a = a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])  # channels last
-        return self.proj(a if x.stride(1) == 1 else a.contiguous())
+        a = a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.proj(a if x.stride(1) == 1 else a.contiguous())  # a has channels last, which x may not have
 
 
 @persistence.persistent_class
