@@ -140,14 +140,14 @@ def cell(results):
 @click.option('--results', help='Kept here, and not computed again', metavar='JSONL', default='out/digits.jsonl')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=100)
 @click.option('--device', help='cuda, mps or cpu', metavar='NAME', default='cpu')
-def main(network, data, num, sets, evaluations, rho, etas, S_maxes, names, results, batch, device):
+def main(network, data, num, sets, evaluations, rho, names, results, batch, device, **noise):
     """Print: Fréchet distance / sliced Wasserstein distance / share read right / seconds per digit.
 
     \b
     python dataset_tool.py --source=mnist-5k --dest=datasets/mnist-32x32.zip
     python benchmarks/digits.py
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(**noise)
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')

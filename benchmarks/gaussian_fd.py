@@ -93,13 +93,13 @@ def format_table(title, results, evaluations):
 )
 @peers.noise_options
 @plots.option('work–precision diagrams')
-def main(spectra, rhos, etas, S_maxes, plot_path):
+def main(spectra, rhos, plot_path, **noise):
     """Print tables of the exact Fréchet distance times 1000.
 
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(**noise)
     for name in peers.PEERS.keys() - samplers.keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}

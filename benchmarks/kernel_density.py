@@ -80,13 +80,13 @@ def row(name: str, columns: list[list[float]]) -> str:
 @click.option('--rho', help='Time step exponent', type=click.FloatRange(min=0, min_open=True), default=7)
 @peers.noise_options
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
-def main(bandwidth, num, sets, evaluations, rho, etas, S_maxes, names):
+def main(bandwidth, num, sets, evaluations, rho, names, **noise):
     """Print Fréchet distances × 1000.
 
     \b
     python benchmarks/kernel_density.py
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(etas, S_maxes)
+    samplers = peers.available(peers.PEERS) | peers.ours_with(**noise)
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')

@@ -238,14 +238,18 @@ PEERS = {
 }
 
 
-def ours_with(etas=(1.0,), S_maxes=(math.inf,)):
-    """Our schemes with each of these strengths of noise, up to each of these noise levels; a name tells the unusual."""
+def ours_with(etas=(1.0,), S_maxes=(math.inf,), S_noises=(1.0,)):
+    """Our schemes with each of these strengths of noise, up to each of these noise levels, times each of these factors.
+
+    A name tells what is unusual.
+    """
     samplers = {}
-    for eta, S_max in itertools.product(etas, S_maxes):
+    for eta, S_max, S_noise in itertools.product(etas, S_maxes, S_noises):
         told = '' if eta == 1 else f', eta {eta:g}'
         told += '' if S_max == math.inf else f', S_max {S_max:g}'
+        told += '' if S_noise == 1 else f', S_noise {S_noise:g}'
         for scheme, costs in [('taylor', (2, -1)), ('rk', (1, 0))]:
-            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta, S_max=S_max)
+            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta, S_max=S_max, S_noise=S_noise)
             samplers[f'ddb {scheme}{told}'] = Sampler(run, eta > 0, *costs)
     return samplers
 
@@ -254,11 +258,12 @@ OURS = ours_with()
 
 
 def noise_options(command):
-    """--eta and --S_max of our schemes, as lists `etas` and `S_maxes`."""
-    below_sqrt_3, noise_level = click.FloatRange(0, math.sqrt(3), max_open=True), click.FloatRange(0)
+    """--eta, --S_max and --S_noise of our schemes: what `ours_with` takes, by its names."""
+    below_sqrt_3, not_negative = click.FloatRange(0, math.sqrt(3), max_open=True), click.FloatRange(0)
     several = {'metavar': 'FLOAT', 'multiple': True}
     for option in [
-        click.option('--S_max', 'S_maxes', help='Its highest level', default=[math.inf], type=noise_level, **several),
+        click.option('--S_noise', 'S_noises', help='Factor on it', default=[1.0], type=not_negative, **several),
+        click.option('--S_max', 'S_maxes', help='Its highest level', default=[math.inf], type=not_negative, **several),
         click.option('--eta', 'etas', help='Noise of ours', default=[1.0], type=below_sqrt_3, **several),
     ]:
         command = option(command)
