@@ -121,11 +121,13 @@ def sample_and_judge(judge, net, sampler, evaluations, rho, num, seed, batch):
 
 
 def cell(results):
-    """'FD ± sd / SW ± sd / share / s per image'"""
-    columns = np.array(results).T
-    spread = columns.std(axis=1, ddof=1) if len(results) > 1 else np.full(len(columns), np.nan)
-    (fd, sw, right, seconds), (fd_sd, sw_sd, right_sd, _) = columns.mean(axis=1), spread
-    return f'{fd:.2f} ± {fd_sd:.2f} / {sw:.4f} ± {sw_sd:.4f} / {right:.1%} ± {right_sd:.1%} / {seconds:.3f} s'
+    """'FD ± sd / SW ± sd / share ± sd / s per image'; one set has no sd."""
+    *measures, seconds = zip(*results, strict=True)
+    told = []
+    for values, form in zip(measures, ('.2f', '.4f', '.1%'), strict=True):
+        sd = f' ± {np.std(values, ddof=1):{form}}' if len(values) > 1 else ''
+        told.append(f'{np.mean(values):{form}}{sd}')
+    return ' / '.join([*told, f'{np.mean(seconds):.3f} s'])
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})

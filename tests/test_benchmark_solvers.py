@@ -69,7 +69,7 @@ def test_exact_frechet_distance_of_heun_by_an_independent_route():
 
 
 def test_names_tell_the_noise_of_our_schemes():
-    names = [name for name in peers.ours_with([1, 0.5], [math.inf, 5], [1]) if name.startswith('ddb rk')]
+    names = [name for name in peers.ours_with([1, 0.5], [math.inf, 5]) if name.startswith('ddb rk')]
     assert names == ['ddb rk', 'ddb rk, S_max 5', 'ddb rk, eta 0.5', 'ddb rk, eta 0.5, S_max 5']
     assert 'ddb taylor, eta 1.3, S_noise 0.9' in peers.ours_with([1.3], S_noises=[0.9])
 

@@ -67,3 +67,9 @@ def test_the_command_keeps_what_it_has_measured(tmp_path, monkeypatch):
     assert f'| ddb rk | {frechet.mean():.2f} ± {frechet.std():.2f} / ' in first.output
     monkeypatch.setattr(digits, 'sample', None)  # nothing is drawn again
     assert CliRunner().invoke(digits.main, options).output == first.output
+
+
+def test_cell_gives_the_spread_over_sets():
+    one, other = digits.Result(0.5, 0.01, 0.98, 0.2), digits.Result(0.7, 0.03, 0.99, 0.4)
+    assert digits.cell([one]) == '0.50 / 0.0100 / 98.0% / 0.200 s'
+    assert digits.cell([one, other]) == '0.60 ± 0.14 / 0.0200 ± 0.0141 / 98.5% ± 0.7% / 0.300 s'
