@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -19,6 +18,8 @@ import click
 import tqdm
 
 import dnnlib
+from dnnlib import settings
+from dnnlib.options import Resolution
 from training.convert_images import (
     TRANSFORMS,
     Converted,
@@ -87,7 +88,7 @@ def write_dataset(
             problem = result.problem or (check(result.kind, report.kind, any_size) if result.kind else '')
             note(report, result, problem)
             if problem:
-                line = printable(f'{sample.name}: {problem}')
+                line = dnnlib.util.printable(f'{sample.name}: {problem}')
                 if not skip_broken:
                     raise click.ClickException(f'{line}; --skip-broken leaves such images out')
                 if report.num_broken <= MAX_LISTED:
@@ -156,8 +157,7 @@ def folder_writer(dest: str, options: dict[str, Any], resume: bool) -> Iterator[
     images, record = os.path.join(partial, 'images'), os.path.join(partial, 'options.json')
     if not os.path.isdir(partial):
         os.makedirs(partial)
-        with open(record, 'w', encoding='utf-8') as file:
-            json.dump(options, file)
+        settings.save(record, options)
     elif not resume:
         raise click.ClickException(f'{partial} holds an unfinished run: continue it with --resume, or delete it')
     elif differing := difference(record, options):
@@ -194,11 +194,10 @@ def folder_writer(dest: str, options: dict[str, Any], resume: bool) -> Iterator[
 def difference(record: str, options: dict[str, Any]) -> str:
     """The options of the earlier run that differ from these, as text; '' if none does."""
     try:
-        with open(record, encoding='utf-8') as file:
-            before = json.load(file)
-        return ', '.join(f'{name}={before[name]}' for name, value in options.items() if before[name] != value)
-    except (OSError, ValueError, LookupError, TypeError):
+        before = settings.read(record)
+    except (OSError, ValueError):
         return 'options that are not known'
+    return ', '.join(f'{each.name}={each.before}' for each in settings.differences(before, options))
 
 
 def check_dest(dest: str, resume: bool) -> None:
@@ -270,22 +269,7 @@ def describe_labels(labels: list[Label]) -> str:
     return f'{len(sizes)} classes with {each}'
 
 
-def printable(text: str) -> str:
-    """One line for a terminal, whatever a file is called."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
-
 # Command line.
-
-
-class Resolution(click.ParamType):
-    name = 'WxH'
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r'([1-9]\d*)(?:[x,]([1-9]\d*))?', value, re.ASCII)
-        if match is None:
-            self.fail(f'{value!r} is not like 64x64, 64,64 or 64', param, ctx)
-        return int(match[1]), int(match[2] or match[1])
 
 
 def choose_transform(transform: str, resolution: tuple[int, int] | None) -> Transform:
@@ -359,11 +343,13 @@ def validate(path: str, workers: int) -> None:
     look(image_files(files, names, labels or {}), validate_image, skip_broken=False, workers=workers, any_size=True)
     missing = [name for name in names if labels is not None and name not in labels]
     if missing:
-        raise click.ClickException(f'dataset.json has no label for {printable(missing[0])} and {len(missing) - 1} more')
+        raise click.ClickException(
+            f'dataset.json has no label for {dnnlib.util.printable(missing[0])} and {len(missing) - 1} more'
+        )
     absent = [name for name in labels or {} if name not in files.names]
     if absent:
         raise click.ClickException(
-            f'dataset.json names {printable(absent[0])} and {len(absent) - 1} more that are absent'
+            f'dataset.json names {dnnlib.util.printable(absent[0])} and {len(absent) - 1} more that are absent'
         )
     click.echo(f'{path} is a good dataset')
 
@@ -457,7 +443,7 @@ def main(source: str | None, dest: str | None, workers: int | None, validate_pat
         else:
             make(source, dest or '', workers=workers, **options)
     except OSError as err:
-        raise click.ClickException(printable(str(err))) from err
+        raise click.ClickException(dnnlib.util.printable(str(err))) from err
     except BrokenProcessPool as err:
         raise click.ClickException('a worker process was killed; with fewer --workers, less memory is needed') from err
 

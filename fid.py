@@ -14,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
+from dnnlib import settings
 from metrics import measure
 from metrics.detectors import Detector, load_detector
 from metrics.measure import FeatureSet, Numbers
 from metrics.statistics import INCEPTION, Reference, write_reference
 from torch_utils import distributed as dist
-from torch_utils import misc, network_io
+from torch_utils import misc
 from training.dataset import choose_subset
 from training.file_tree import DAMAGED, FileTree, open_image
 
@@ -143,7 +144,7 @@ def cached_features(path: str, note: dict[str, Any], detector: Detector, device:
     """The features in a file that an earlier run wrote."""
     with np.load(path, allow_pickle=False) as archive:
         before, features = json.loads(str(archive['note'])), archive['features']
-    differing = [f'{key} {before.get(key)!r}' for key in note if before.get(key) != note[key]]
+    differing = [f'{each.name} {each.before!r}' for each in settings.differences(before, note)]
     if differing:
         raise click.ClickException(
             f'--features={path} was made with {", ".join(differing)}; delete it, or name another'
@@ -169,7 +170,7 @@ def one_line_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as err:
         if not misc.is_out_of_memory(err):
             raise
-        raise click.ClickException(f'out of memory: {network_io.one_line(err, 200)}; lower --batch') from None
+        raise click.ClickException(f'out of memory: {dnnlib.util.one_line(err, 200)}; lower --batch') from None
 
 
 def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:

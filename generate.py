@@ -27,13 +27,13 @@ import torch
 import dnnlib
 import sampler_2nd
 from images import pictures, run_record
-from images.files import explain_failed_write, own_files
+from images.files import own_files
 from images.output import FORMATS, FirstImages, Output
 from images.progress import progress
 from metrics import measure
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io
-from training.interrupts import Interrupts
+from torch_utils.interrupts import Interrupts
 from training.networks import Precond
 
 SHIPPED_NETWORK = Path(__file__).parent / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl'
@@ -456,7 +456,7 @@ def load_network(
     """The network, on `device`. Rank 0 loads first, so that it alone downloads, and alone says what is wrong.
 
     Raises:
-        click.ClickException: the file is missing, or is not a network that this project reads; it names the `option`.
+        ValueError: on rank 0, that the file is missing, or no network that this project reads; it names the `option`.
     """
     loaded: list[torch.nn.Module] = []
 
@@ -466,7 +466,7 @@ def load_network(
         except (OSError, ValueError) as err:
             raise ValueError(f'{option}{"=" if str(err).startswith(path) else ": "}{err}') from None
 
-    on_rank0(load)
+    dist.on_rank0(load)
     net = (loaded[0] if loaded else network_io.load_network(path, trust_pickle=trust_pickle)).to(device)
     return prepare_for_cpu(net) if device.type == 'cpu' else net
 
@@ -477,24 +477,6 @@ def prepare_for_cpu(net: torch.nn.Module) -> torch.nn.Module:
     if isinstance(net, Precond):  # others' networks may lose their forward mode by it
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
-
-
-def on_rank0(work: Callable[[], Any]) -> Any:
-    """What `work()` returns on rank 0, on every rank.
-
-    Raises:
-        click.ClickException: it raised an OSError or ValueError, whose message this is. The other ranks just exit.
-    """
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except (OSError, ValueError) as err:
-            error = str(err)
-    result, error = dist.broadcast_object((result, error))
-    if error is not None:
-        raise click.ClickException(error) if dist.get_rank() == 0 else SystemExit(1)
-    return result
 
 
 PRECISIONS = {'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -581,7 +563,7 @@ def run(opts: dnnlib.EasyDict, networks: Networks, sampler: partial, device: tor
     """Draw the batches that are not there, and then make of all images what was asked for."""
     output = open_output(opts, networks, sampler)
     if output is not None:
-        output.finished = on_rank0(partial(output.check, opts.seeds))
+        output.finished = dist.on_rank0(partial(output.check, opts.seeds))
     scores = Scores(opts.metrics, opts.ref, opts.detector, device) if opts.metrics is not None else None
     first = FirstImages(opts.seeds, GRID_IMAGES if opts.grid is not None else 0)
     batches = split_seeds(opts.seeds, opts.max_batch_size)
@@ -601,7 +583,7 @@ def run(opts: dnnlib.EasyDict, networks: Networks, sampler: partial, device: tor
 
     if output is not None:
         classes = partial(classes_of, networks.net, batches, device, opts.class_idx)
-        on_rank0(partial(output.assemble, opts.seeds, classes))
+        dist.on_rank0(partial(output.assemble, opts.seeds, classes))
         dist.print0(f'Saved in {os.path.abspath(output.path)}')
     for name, value in (scores.finish() if scores is not None else {}).items():
         dist.print0(f'{name} {value:g}')
@@ -690,26 +672,24 @@ def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: 
     if dist.get_rank() != 0:
         return
     if shown is not None:
-        with explain_failed_write(opts.grid):
-            pictures.save_png(pictures.grid(shown), opts.grid)
+        pictures.save_png(pictures.grid(shown), opts.grid)
         print(f'The first {len(shown)} images are in {opts.grid}')
     if opts.trajectory is not None:
         seeds = opts.seeds[:TRAJECTORY_IMAGES]
         frames = denoised_frames(net, seeds, sampler, device, class_idx=opts.class_idx, noise=opts.noise)
-        with explain_failed_write(opts.trajectory):
-            if opts.trajectory.lower().endswith('.gif'):
-                pictures.save_gif(frames, opts.trajectory)
-            else:
-                pictures.save_png(pictures.strip(frames, TRAJECTORY_COLUMNS), opts.trajectory)
+        if opts.trajectory.lower().endswith('.gif'):
+            pictures.save_gif(frames, opts.trajectory)
+        else:
+            pictures.save_png(pictures.strip(frames, TRAJECTORY_COLUMNS), opts.trajectory)
         print(f'The denoised images of {len(frames)} steps, for the first {len(seeds)} seeds, are in {opts.trajectory}')
 
 
 def explain(err: Exception, opts: dnnlib.EasyDict) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
     if opts.compile_net and isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
-        return f'--compile: {network_io.one_line(err.inner_exception)}'
+        return f'--compile: {dnnlib.util.one_line(err.inner_exception)}'
     if misc.is_out_of_memory(err):
-        return f'out of memory: {network_io.one_line(err, 200)}; lower --batch'
+        return f'out of memory: {dnnlib.util.one_line(err, 200)}; lower --batch'
     if isinstance(err, RuntimeError) and dist.lost_peer(err):
         return (
             f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is '
@@ -829,13 +809,15 @@ def main(**kwargs):
         device = dist.init(opts.device)
     except ValueError as err:
         raise click.ClickException(str(err)) from None
-    networks = Networks(opts, device)
     try:
+        networks = Networks(opts, device)
         run(opts, networks, sampler, device)
     except Stopped as stop:
         if dist.get_rank() == 0:
             click.echo(stopped_line(opts, str(stop)), err=True)
         raise SystemExit(128 + signal.Signals[str(stop)]) from None
+    except dnnlib.util.FailedWriteError as err:
+        raise click.ClickException(f'{err}; once this is mended, the same command continues') from None
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from None
     except (RuntimeError, MemoryError) as err:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 import dnnlib
+from dnnlib.options import FiniteRange, PositiveInts, at_least_one
 from generate import edm_sampler, generate_images, split_seeds
 from images.pictures import contact_sheet
 from sampler_2nd import ito_taylor_sampler
 from torch_utils import distributed as dist
 from torch_utils import misc, training_stats
-from torch_utils.network_io import one_line
 from training import networks, run_options, run_state
 from training.training_loop import split_batch, training_loop
 
@@ -218,32 +218,8 @@ def run_dir_name(opts: dnnlib.EasyDict, dataset_name: str) -> str:
 # Command line.
 
 
-class IntList(click.ParamType):
-    """1,2,2,2"""
-
-    name = 'list'
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        if not re.fullmatch(r' *[1-9][0-9]{0,3} *(, *[1-9][0-9]{0,3} *)*', value):
-            self.fail(f'{value!r} is not a list of positive integers such as 1,2,2,2', param, ctx)
-        return [int(item) for item in value.split(',')]
-
-
-class FiniteRange(click.FloatRange):
-    """A range without infinity, which every comparison lets pass, and without nan."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f'{value!r} is not a finite number', param, ctx)
-        return number
-
-
 positive = FiniteRange(min=0, min_open=True)
 fraction = FiniteRange(min=0, max=1)
-at_least_one = click.IntRange(min=1)
 
 
 # fmt: off
@@ -259,7 +235,7 @@ at_least_one = click.IntRange(min=1)
 @click.option('--batch',         help='Total batch size', metavar='INT', type=at_least_one, default=512)
 @click.option('--batch-gpu',     help='Limit the batch of one process at a time', metavar='INT', type=at_least_one)
 @click.option('--cbase',         help='Channels at full resolution  [default: by --arch]', metavar='INT', type=at_least_one)
-@click.option('--cres',          help='Channel multiples per resolution  [default: by --arch]', metavar='LIST', type=IntList())
+@click.option('--cres',          help='Channel multiples per resolution  [default: by --arch]', metavar='LIST', type=PositiveInts())
 @click.option('--num-blocks',    help='Residual blocks per resolution  [default: by --arch]', metavar='INT', type=at_least_one)
 @click.option('--lr',            help='Learning rate', metavar='FLOAT', type=positive, default=1e-3)
 @click.option('--lr-rampup',     help='Learning rate grows over', metavar='MIMG', type=FiniteRange(min=0), default=10)
@@ -315,20 +291,20 @@ def main(**kwargs):
         raise click.ClickException(str(err)) from None
     training_stats.init_multiprocessing(dist.get_rank(), device if dist.get_world_size() > 1 else None)
     dataset = _open_dataset(opts)
-    run_dir = opts.outdir if opts.nosubdir else _on_rank0(partial(run_dir_name, opts, dataset.name))
-    state = _on_rank0(partial(find_state, opts.resume, run_dir, opts.nosubdir))
+    run_dir = opts.outdir if opts.nosubdir else dist.on_rank0(partial(run_dir_name, opts, dataset.name))
+    state = dist.on_rank0(partial(find_state, opts.resume, run_dir, opts.nosubdir))
     if opts.seed is None:
-        opts.seed = _on_rank0(partial(_choose_seed, state))
+        opts.seed = dist.on_rank0(partial(_choose_seed, state))
     config = make_config(opts, dataset, state)
     _check_resolution(config)
     _check_network(config, dataset)
     _print_config(config, opts, dataset, run_dir, device)
-    _on_rank0(partial(_compare_options, config))
+    dist.on_rank0(partial(_compare_options, config))
     if opts.dry_run:
         dist.print0('Dry run; exiting.')
         return
 
-    _on_rank0(partial(_make_run_dir, run_dir, config))
+    dist.on_rank0(partial(_make_run_dir, run_dir, config))
     _train(config, run_dir, device)
 
 # fmt: on
@@ -393,23 +369,9 @@ def _check_network(config: dict[str, Any], dataset: Any) -> None:
             unet(**kwargs)(torch.empty(1, channels, size, size), torch.ones(1), torch.empty(1, labels))
     except (RuntimeError, ValueError, ArithmeticError) as err:
         raise click.ClickException(
-            f'no network has --cbase={kwargs["model_channels"]}, --cres={kwargs["channel_mult"]}: {one_line(err, 150)}; '
+            f'no network has --cbase={kwargs["model_channels"]}, --cres={kwargs["channel_mult"]}: {dnnlib.util.one_line(err, 150)}; '
             'multiples of 32 always do for --cbase'
         ) from None
-
-
-def _on_rank0(choose: Callable[[], Any]) -> Any:
-    """What `choose()` returns on rank 0, or the error it raises there, on every rank."""
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = choose()
-        except click.ClickException as err:
-            error = err.message
-    result, error = dist.broadcast_object((result, error))
-    if error is not None:
-        raise click.ClickException(error)
-    return result
 
 
 def _choose_seed(state: str | None) -> int:
@@ -469,8 +431,12 @@ def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
 
 def explain(err: Exception) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
+    if isinstance(err, dnnlib.util.FailedWriteError):
+        return f'{err}: make room, and continue the run with --resume'
     if misc.is_out_of_memory(err):
-        return f'out of memory: {one_line(err, 200)}; lower --batch-gpu, which changes nothing but the speed'
+        return (
+            f'out of memory: {dnnlib.util.one_line(err, 200)}; lower --batch-gpu, which changes nothing but the speed'
+        )
     if not isinstance(err, RuntimeError):
         # From a loading process the error comes with a traceback, and what it says in the last line.
         return (str(err).strip() or type(err).__name__).splitlines()[-1].removeprefix('OSError: ')

@@ -1,10 +1,11 @@
-"""Attribute dictionaries, objects by name, log files and durations; and what `dnnlib.downloads` has."""
+"""Attribute dictionaries, whole files, text for terminals, objects by name, durations, log files; and downloads."""
 
 import contextlib
 import importlib
 import io
 import os
 import sys
+import textwrap
 import types
 import uuid
 import zipfile
@@ -37,11 +38,6 @@ class EasyDict(dict[str, Any]):
         del self[name]
 
 
-# Objects by name.
-
-_ABBREVIATIONS = {'np': 'numpy', 'tf': 'tensorflow'}
-
-
 # ----------------------------------------------------------------------------
 # Files that appear whole or not at all.
 
@@ -54,22 +50,83 @@ def zip_entry(name: str) -> zipfile.ZipInfo:
     return entry
 
 
+class FailedWriteError(OSError):
+    """A file could not be written; the message is one line that names it."""
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: str | os.PathLike) -> Iterator[None]:
+    """Around what writes to `path`: an OSError becomes a FailedWriteError."""
+    try:
+        yield
+    except FailedWriteError:
+        raise
+    except OSError as err:
+        reason = one_line(err.strerror or err, 200)
+        raise FailedWriteError(f'cannot write {printable(path)}: {reason}; the files written before are whole') from err
+
+
+class _ExplainedFile(io.FileIO):
+    """A raw file whose failed writes say which file it was to become."""
+
+    def __init__(self, path: Path, target: Path):
+        super().__init__(path, 'wb')
+        self._target = target
+
+    def write(self, data: Any) -> int:
+        with explain_failed_write(self._target):
+            return super().write(data)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """`with atomic_write(path) as file:` – a binary file that takes its name once it is complete and on disk.
 
     Written beside `path` under a temporary name; an exception, or a kill, leaves what was at `path` before.
+
+    Raises:
+        FailedWriteError: the disk is full, or the folder cannot be written to. What else the block raises passes.
     """
     target = Path(path)
     temp_path = target.with_name(f'.tmp_{uuid.uuid4().hex}_{target.name}')
     try:
-        with open(temp_path, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp_path, target)
+        with explain_failed_write(target):
+            raw = _ExplainedFile(temp_path, target)
+        with io.BufferedWriter(raw) as file:
+            yield cast(BinaryIO, file)
+            with explain_failed_write(target):
+                file.flush()
+                os.fsync(file.fileno())
+        with explain_failed_write(target):
+            os.replace(temp_path, target)
+    except RuntimeError as err:  # PyTorch's, on top of what the file has raised
+        if isinstance(err.__context__, FailedWriteError):
+            raise err.__context__ from None
+        raise
     finally:
         temp_path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------
+# Text from files, servers and exceptions, for a terminal.
+
+
+def printable(text: object) -> str:
+    """The text with nothing in it that a terminal would obey: what is not printable is escaped, as Python does it."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+
+
+def one_line(message: object, width: int = 500) -> str:
+    """The message, short, on one line, `printable`; the type of an empty error."""
+    if isinstance(message, BaseException) and not str(message):
+        message = type(message).__name__
+    return printable(textwrap.shorten(str(message)[: 8 * width], width))
+
+
+# ----------------------------------------------------------------------------
+# Objects by name.
+
+_ABBREVIATIONS = {'np': 'numpy', 'tf': 'tensorflow'}
 
 
 def get_module_from_obj_name(obj_name: str) -> tuple[types.ModuleType, str]:
@@ -167,6 +224,7 @@ def get_top_level_function_name(obj: Any) -> str:
     return f'{module}.{obj.__qualname__}'
 
 
+# ----------------------------------------------------------------------------
 # Durations.
 
 
@@ -194,6 +252,7 @@ def _format_time(seconds: float, max_units: int) -> str:
     return ' '.join([f'{lead}{unit}', *(f'{value:02d}{unit}' for value, unit in rest)])
 
 
+# ----------------------------------------------------------------------------
 # Log files.
 
 

@@ -69,7 +69,7 @@ class Archive(abc.ABC):
         """Make the file of all images, which must be there, and delete the parts. `classes`: one for each seed."""
         if self.seeds != list(seeds):
             self.finished(seeds)  # another run may have written the file meanwhile
-            with files.explain_failed_write(self.path), dnnlib.util.atomic_write(self.path) as file:
+            with dnnlib.util.atomic_write(self.path) as file:
                 self._write_all(file, seeds, classes)
             for name in ('seeds', '_rows', '_array'):
                 self.__dict__.pop(name, None)

@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 
+import dnnlib
 from images import pictures
-from torch_utils import network_io
 
 WRITERS = 4  # threads that encode and write PNG files; docs/generation.md has what they save
 
@@ -59,9 +59,9 @@ class PngFolder:
 
     def write(self, seed: int, image: np.ndarray) -> None:
         path = self.path(seed)
-        with explain_failed_write(path):
+        with dnnlib.util.explain_failed_write(path):
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            pictures.save_png(image, path)
+        pictures.save_png(image, path)
 
     def read_bytes(self, seed: int) -> bytes:
         with open(self.path(seed), 'rb') as file:
@@ -137,18 +137,6 @@ def delete(paths: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def explain_failed_write(path: str | os.PathLike) -> Iterator[None]:
-    """Around what writes a file whole or not at all: say which file failed, and how to go on."""
-    try:
-        yield
-    except OSError as err:
-        raise OSError(
-            f'cannot write {path}: {err.strerror or err}; the files written before are whole, and once this is '
-            'mended, the same command continues'
-        ) from err
-
-
-@contextlib.contextmanager
 def damaged(path: str | os.PathLike) -> Iterator[None]:
     """Around what reads a file of ours: whatever a damaged one raises becomes an OSError that names it."""
     try:
@@ -157,5 +145,5 @@ def damaged(path: str | os.PathLike) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, SyntaxError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as err:
         raise OSError(
-            f'{path} is damaged ({network_io.one_line(err, 200)}); delete it, and the same command makes it again'
+            f'{path} is damaged ({dnnlib.util.one_line(err, 200)}); delete it, and the same command makes it again'
         ) from err

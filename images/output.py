@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+import dnnlib
+from dnnlib import settings as records
 from images import archives, files, run_record
 from torch_utils import distributed as dist
 
@@ -116,13 +118,13 @@ class Output:
             return
         self._started = True
         if dist.get_rank() == 0:
-            with files.explain_failed_write(self.outdir):
+            with dnnlib.util.explain_failed_write(self.outdir):
                 files.delete(self._stale)
                 if self._overwrite:
                     run_record.remove(self.outdir)
         if self._overwrite:
             dist.barrier()  # no rank writes what another one would delete
-        if run_record.read(self.outdir) != run_record.as_stored(self._settings):
+        if run_record.read(self.outdir) != records.as_stored(self._settings):
             run_record.save(self.outdir, self._settings, self._note)
 
     def close(self) -> None:

@@ -2,16 +2,13 @@
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 from typing import Any
 
 import torch
 
 import dnnlib
-from images import files
-from torch_utils import network_io
+from dnnlib import settings
 
 NAME = 'generate.json'
 
@@ -39,21 +36,18 @@ def read(outdir: str) -> dict[str, Any] | None:
     """
     path = path_in(outdir)
     try:
-        with open(path, encoding='utf-8') as file:
-            return dict(json.load(file)['settings'])
+        return dict(settings.read(path)['settings'])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} is not a record of generate.py; choose another --outdir, or delete it') from None
 
 
-def save(outdir: str, settings: dict[str, Any], note: dict[str, Any]) -> None:
-    """`settings` is what the images depend on; `note` is what a reader may want to know besides."""
-    path = path_in(outdir)
-    with files.explain_failed_write(path):
+def save(outdir: str, of: dict[str, Any], note: dict[str, Any]) -> None:
+    """`of`: the settings that the images depend on; `note`: what a reader may want to know besides."""
+    with dnnlib.util.explain_failed_write(path_in(outdir)):
         os.makedirs(outdir, exist_ok=True)
-        with dnnlib.util.atomic_write(path) as file:
-            file.write((json.dumps({'settings': as_stored(settings), **note}, indent=2) + '\n').encode())
+    settings.save(path_in(outdir), {'settings': settings.as_stored(of), **note})
 
 
 def remove(outdir: str) -> None:
@@ -61,20 +55,7 @@ def remove(outdir: str) -> None:
         os.unlink(path_in(outdir))
 
 
-def as_stored(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they come back from the file, where infinity is a word and a tuple a list."""
-    words = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in settings.items()}
-    return json.loads(json.dumps(words))
-
-
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """'--steps: 18 → 40, --rho: 7 → 3'; empty for the same settings. A name of several words is no option's."""
-    now = as_stored(now)
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    labels = [name if ' ' in name else f'--{name}' for name in names]
-    pairs = [f'{_show(before.get(name))} → {_show(now.get(name))}' for name in names]
-    return ', '.join(f'{label}: {pair}' for label, pair in zip(labels, pairs, strict=True))
-
-
-def _show(value: Any) -> str:
-    return 'none' if value is None else network_io.one_line(value, 60)
+    found = settings.differences(before, now)
+    return ', '.join(str(each) if ' ' in each.name else f'--{each}' for each in found)

@@ -780,3 +780,11 @@ def test_the_hub_has_what_is_asked_of_it():
     hub = pytest.importorskip('huggingface_hub')
     assert {'repo_id', 'filename', 'revision'} <= set(inspect.signature(hub.hf_hub_download).parameters)
     assert issubclass(hub.errors.HfHubHTTPError, Exception)
+
+
+def test_an_error_without_a_message_is_named():
+    assert [dnnlib.util.one_line(message) for message in (MemoryError(), OSError('x\n y'), '')] == [
+        'MemoryError',
+        'x y',
+        '',
+    ]

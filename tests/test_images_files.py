@@ -60,7 +60,7 @@ def test_an_error_in_the_background_comes_out(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     writer = files.Background(files.PngFolder(str(tmp_path / 'file'), False).write)
     writer.add([0], [GREY])
-    with pytest.raises(OSError, match=r'cannot write .*000000\.png: .*the same command continues'):
+    with pytest.raises(OSError, match=r'cannot write .*000000\.png: .*the files written before are whole'):
         writer.add([1], [GREY])
     with pytest.raises(OSError, match='cannot write'):
         writer.close()

@@ -710,14 +710,6 @@ def test_noise(small_file, noise):
     refused(b'\x80\x04' + noise, small_file[2])
 
 
-def test_an_error_without_a_message_is_named():
-    assert [network_io.one_line(message) for message in (MemoryError(), OSError('x\n y'), '')] == [
-        'MemoryError',
-        'x y',
-        '',
-    ]
-
-
 def error_of_opening(path):
     with pytest.raises(OSError, match=re.escape(str(path))) as caught:
         network_io.load_network(str(path))

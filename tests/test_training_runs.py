@@ -23,8 +23,8 @@ import dataset_tool
 import generate
 import train
 from images import pictures
-from torch_utils import distributed, misc, network_io
-from training import interrupts, networks, progress, run_state, training_loop
+from torch_utils import distributed, interrupts, misc, network_io
+from training import networks, progress, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 900  # seconds: a loaded machine is no failure

@@ -12,10 +12,13 @@ import gc
 import importlib
 import os
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar('T')
 
 _GROUP_DEFAULTS = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500', 'RANK': '0', 'LOCAL_RANK': '0'}
 _LOST_PEER = r'gloo.transport|NCCL|Connection (closed|reset) by|Broken pipe'
@@ -80,6 +83,27 @@ def broadcast_object(value: Any) -> Any:
     if _has_group():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """What `work()` returns on rank 0, on every rank.
+
+    Raises:
+        Exception: on rank 0, what `work()` raised there. The other ranks end, with SystemExit: rank 0 says why.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if get_rank() == 0:
+        try:
+            result = work()
+        except Exception as err:  # whatever it is, the other ranks must not wait
+            error = err
+    result, failed = broadcast_object((result, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(1)
+    return cast(T, result)
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -21,7 +21,6 @@ import os
 import pickle
 import struct
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
             net = build(stored)
             _warn_of_unknown_source(stored, path_or_url)
     except ValueError as err:
-        raise NetworkFileError(f'{path_or_url}: {one_line(err)}') from None
+        raise NetworkFileError(f'{path_or_url}: {dnnlib.util.one_line(err)}') from None
     return net.eval().requires_grad_(False)
 
 
@@ -151,14 +150,6 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
             file.write(_safetensors(net))
     else:
         raise ValueError(f'{path}: the name of a network file ends in .pkl or .safetensors')
-
-
-def one_line(message: object, width: int = 500) -> str:
-    """The message, short, on one line, with nothing in it that a terminal would obey; the type of an empty error."""
-    if isinstance(message, BaseException) and not str(message):
-        message = type(message).__name__
-    text = textwrap.shorten(str(message), width)
-    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _is_pickle(data: bytes) -> bool:
@@ -373,13 +364,13 @@ def inspect_command(context: click.Context, file: str) -> None:
         remarks = unusual(stored)
         build(stored)
     except ValueError as err:
-        error = one_line(err)
+        error = dnnlib.util.one_line(err)
     if names:
         error = f'it calls {", ".join(map(repr, sorted(set(names))))}' + ('' if error is None else f'; {error}')
     for remark in remarks or ([] if error else ['nothing']):
         click.echo(f'{"unusual":12s}{remark}')
     if error is not None:
-        click.echo(f'{"refused":12s}{one_line(error)}')
+        click.echo(f'{"refused":12s}{dnnlib.util.one_line(error)}')
     context.exit(2 if error else 1 if remarks else 0)
 
 
@@ -410,7 +401,7 @@ def _describe(stored: StoredNetwork) -> None:
     if stored.entries:
         rows['beside it'] = ', '.join(f'{name}: {kind}' for name, kind in stored.entries.items())
     for title, text in rows.items():
-        click.echo(f'{title:12s}{one_line(text, 2000)}')
+        click.echo(f'{title:12s}{dnnlib.util.one_line(text, 2000)}')
 
 
 def _format(data: bytes) -> str:
@@ -423,7 +414,7 @@ class _CannotRead(click.ClickException):
     exit_code = 2
 
     def __init__(self, err: Exception):
-        super().__init__(one_line(err))
+        super().__init__(dnnlib.util.one_line(err))
 
 
 def _read_or_exit(file: str) -> bytes:

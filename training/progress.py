@@ -15,7 +15,7 @@ import torch
 import dnnlib
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from training.run_state import Run, explain_failed_write
+from training.run_state import Run
 
 
 class Reporter:
@@ -57,7 +57,7 @@ class Reporter:
         training_stats.default_collector.update()
         if dist.get_rank() == 0:
             row = json.dumps({**training_stats.default_collector.as_dict(), 'timestamp': time.time()})
-            with explain_failed_write(self.stats_path), open(self.stats_path, 'ab') as file:
+            with dnnlib.util.explain_failed_write(self.stats_path), open(self.stats_path, 'ab') as file:
                 file.write(f'{self._line_break()}{row}\n'.encode())
         dist.update_progress(run.cur_nimg // 1000, int(self._total_kimg))
 

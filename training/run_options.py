@@ -1,12 +1,10 @@
 """training_options.json: what a run was asked to do, and what a run that goes on from its states does otherwise."""
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
-import dnnlib
-from torch_utils import network_io
+from dnnlib import settings
 
 NAME = 'training_options.json'
 
@@ -17,8 +15,7 @@ _FREE_OF_NETWORK = ('dropout', 'use_fp16')
 
 def save(run_dir: str, config: dict[str, Any]) -> None:
     """Write the config to `run_dir`."""
-    with dnnlib.util.atomic_write(os.path.join(run_dir, NAME)) as file:
-        file.write(json.dumps({**config, 'run_dir': run_dir}, indent=2).encode())
+    settings.save(os.path.join(run_dir, NAME), {**config, 'run_dir': run_dir})
 
 
 def beside(state: str | None) -> dict[str, Any]:
@@ -26,11 +23,10 @@ def beside(state: str | None) -> dict[str, Any]:
     if state is None:
         return {}
     try:
-        with open(os.path.join(os.path.dirname(state), NAME), encoding='utf-8') as file:
-            config = json.load(file)
+        config = settings.read(os.path.join(os.path.dirname(state), NAME))
     except (OSError, ValueError):
         return {}
-    whole = isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in _SECTIONS)
+    whole = all(isinstance(config.get(name), dict) for name in _SECTIONS)
     return config if whole else {}
 
 
@@ -39,26 +35,20 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], lis
 
     A state belongs to its network, which the resolution of the images and the use of labels take part in.
     """
-    old, new = (dict(_settings(json.loads(json.dumps(config)))) for config in (before, now))
     fixed: list[str] = []
     free: list[str] = []
-    for section, name in [*old, *(key for key in new if key not in old)]:
-        values = old.get((section, name)), new.get((section, name))
-        if values[0] != values[1]:
-            of_network = section == 'network_kwargs' and name not in _FREE_OF_NETWORK
-            of_images = section == 'dataset_kwargs' and name in ('resolution', 'use_labels')
-            (fixed if of_network or of_images else free).append(f'{name}: {_show(values[0])} → {_show(values[1])}')
+    for each in settings.differences(dict(_flat(before)), dict(_flat(now))):
+        section, _, name = each.name.rpartition('.')
+        of_network = section == 'network_kwargs' and name not in _FREE_OF_NETWORK
+        of_images = section == 'dataset_kwargs' and name in ('resolution', 'use_labels')
+        (fixed if of_network or of_images else free).append(str(each._replace(name=name)))
     return fixed, free
 
 
-def _settings(config: dict[str, Any]) -> Iterator[tuple[tuple[str, str], Any]]:
-    """((section, name), value); the section of a plain entry is empty."""
+def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """('section.name', value), or ('name', value) for a plain entry."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from (((name, inner), item) for inner, item in value.items())
+            yield from ((f'{name}.{inner}', item) for inner, item in value.items())
         elif not name.startswith(_OWN):
-            yield ('', name), value
-
-
-def _show(value: Any) -> str:
-    return 'none' if value is None else network_io.one_line(value, 100)
+            yield name, value

@@ -4,13 +4,11 @@ A file of ours is a dict of state dicts and counters, which loads with `weights_
 and Adam's state; with `trust_pickle` it is read as well, together with the snapshot of the same kimg.
 """
 
-import contextlib
 import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +65,7 @@ class Run:
             for target in (self.net, self.ema):
                 misc.copy_params_and_buffers(source, target)
         except (OSError, ValueError) as err:
-            problem = network_io.one_line(err, 300)
+            problem = dnnlib.util.one_line(err, 300)
             raise ValueError(
                 problem if network_pkl in problem else f'cannot start from {network_pkl}: {problem}'
             ) from err
@@ -79,7 +77,7 @@ class Run:
             return
         counters = {name: getattr(self, name) for name in _COUNTERS}
         modules = {name: getattr(self, name).state_dict() for name in _MODULES}
-        with explain_failed_write(path), dnnlib.util.atomic_write(path) as file:
+        with dnnlib.util.atomic_write(path) as file:
             torch.save({**modules, **counters, 'rng': rng}, file)
 
     def load(self, path: str, snapshot: str | None = None, trust_pickle: bool = False) -> None:
@@ -96,7 +94,7 @@ class Run:
                 self._take(content)
         except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as err:
             raise ValueError(
-                f'{path} does not fit this run: {network_io.one_line(err, 300)}; '
+                f'{path} does not fit this run: {dnnlib.util.one_line(err, 300)}; '
                 'give the options that are in training_options.json beside it'
             ) from err
 
@@ -173,7 +171,7 @@ def find_damage(path: str) -> str | None:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
     except DAMAGED as err:
-        return network_io.one_line(err)
+        return dnnlib.util.one_line(err)
     return None if part is None else f'checksum of {part}'
 
 
@@ -185,7 +183,7 @@ def read_state(path: str, trust_pickle: bool) -> dict[str, Any]:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:  # PyTorch raises many kinds for files that are not its own
         if not isinstance(err, pickle.UnpicklingError) or 'GLOBAL' not in str(err).upper():
-            raise ValueError(f'{path} is not the state of a training run: {network_io.one_line(err, 200)}') from err
+            raise ValueError(f'{path} is not the state of a training run: {dnnlib.util.one_line(err, 200)}') from err
         if not trust_pickle:
             raise ValueError(
                 f"{path} holds Python objects, as EDM's own states do; "
@@ -202,26 +200,11 @@ def _load_trusted(path: str) -> Any:
     try:
         return torch.load(path, map_location='cpu', weights_only=False)
     except Exception as err:  # its code may raise anything
-        raise ValueError(f'{path} cannot be read: {network_io.one_line(err, 200)}') from err
+        raise ValueError(f'{path} cannot be read: {dnnlib.util.one_line(err, 200)}') from err
 
 
 def _is_edm(content: dict[str, Any]) -> bool:
     return isinstance(content.get('net'), torch.nn.Module) and 'optimizer_state' in content
-
-
-@contextlib.contextmanager
-def explain_failed_write(path: str) -> Iterator[None]:
-    """Around what writes a file whole or not at all: say which file failed, and that the others are safe."""
-    try:
-        yield
-    except (OSError, RuntimeError) as err:  # PyTorch reports a full disk as a RuntimeError
-        if 'DataLoader worker' in str(err):  # raised in whatever the main process does when one dies
-            raise
-        reason = err if isinstance(err, OSError) else err.__context__ or err
-        raise OSError(
-            f'cannot write {path}: {network_io.one_line(reason, 200)}; the files written before are whole: '
-            'make room, and continue the run with --resume'
-        ) from err
 
 
 # ----------------------------------------------------------------------------

@@ -20,10 +20,10 @@ import torch
 import dnnlib
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io, training_stats
+from torch_utils.interrupts import Interrupts, outlast_signals
 from training import networks
-from training.interrupts import Interrupts, outlast_signals
 from training.progress import Reporter, TensorBoard, draw_losses
-from training.run_state import Run, explain_failed_write
+from training.run_state import Run
 
 MAX_WARNINGS = 10  # of losses that are not finite
 
@@ -382,8 +382,7 @@ class Outputs:
                 self._save_picture(picture, self._path('samples-{kimg}.png'))
         if self.config.plot and dist.get_rank() == 0:
             path = os.path.join(self.config.run_dir, 'loss.png')
-            with explain_failed_write(path):
-                draw_losses({'loss': self._reporter.stats_path}, path)
+            draw_losses({'loss': self._reporter.stats_path}, path)
 
     def _save_network(self, path: str) -> None:
         beside = {
@@ -391,11 +390,10 @@ class Outputs:
             'augment_pipe': self.trainer.augment_pipe,
             'dataset_kwargs': dict(self.config.dataset_kwargs),
         }
-        with explain_failed_write(path):
-            network_io.save_network(self.run.ema, path, **beside)
+        network_io.save_network(self.run.ema, path, **beside)
 
     def _save_picture(self, picture: np.ndarray, path: str) -> None:
-        with explain_failed_write(path), dnnlib.util.atomic_write(path) as file:
+        with dnnlib.util.atomic_write(path) as file:
             PIL.Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(file, format='png')
         if self._tensorboard is not None:
             self._tensorboard.add_samples(self.run.cur_nimg, picture)
