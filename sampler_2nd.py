@@ -17,8 +17,9 @@ Put into (1) with J_D frozen at the start of the step, (2) gives the step of `ta
 per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for. `rk` has the
 same orders without a derivative, by one evaluation inside the step, where D is in mean what the step needs.
 
-Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`; `noise_pair` makes N and Z of two
-normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps may change;
+Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`, and one line of `SCHEMES`;
+`noise_pair` makes N and Z of two normals; `BrownianPath` is a source of noise that knows the whole path, so that the
+number of steps may change;
 `Guided` makes one network of two, and `CountCalls` counts what one does.
 
 Sources: Karras et al. 2022 (arXiv 2206.00364), equations 1 and 6 for (1); Kloeden & Platen 1992, section 10.4 for
@@ -31,12 +32,12 @@ import math
 import re
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'ito_taylor_sampler']
+__all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'Scheme', 'ito_taylor_sampler']
 
 # ----------------------------------------------------------------------------
 # The loop.
@@ -85,7 +86,7 @@ def ito_taylor_sampler(
         S_min, S_max: noise is added in steps that start at S_min ≤ t_i ≤ S_max; outside, κ = 0.
         S_noise: factor on the noise.
         eta: κ = eta², ≥ 0; for `rk` below √3.
-        scheme: 'euler', 'taylor' or 'rk'.
+        scheme: 'euler', 'taylor' or 'rk', or what else is in `SCHEMES`.
         dtype: of the state; float64 by default, float32 on devices without it (mps).
         callback: called after step i = 0 … N−1 as `callback(i, x, D, sigma)`: the new state, the denoised images that
             the step used, and the noise level it started from. In the last step x is D.
@@ -102,21 +103,23 @@ def ito_taylor_sampler(
         raise ValueError(f'scheme={scheme!r} is not one of {", ".join(SCHEMES)}')
     if S_min > S_max:
         raise ValueError(f'S_min={S_min} is above S_max={S_max}')
+    step, time_integral, eta_below = SCHEMES[scheme]
     if eta < 0:
         raise ValueError(f'eta={eta} is negative')
+    if eta >= eta_below:
+        raise ValueError(f'scheme={scheme!r} needs an eta below {eta_below:.4g}, and this is {eta:g}')
     dtype = dtype or state_dtype(latents.device)
     sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
-    if scheme == 'rk' and eta**2 >= 3:
-        raise ValueError(f"scheme='rk' needs an eta below √3 = 1.732, and this is {eta:g}; use scheme='taylor'")
 
     denoise = Denoiser(net, class_labels)
     x = first_state(latents.to(dtype), sigmas[0], init)
     past: list[tuple[float, torch.Tensor]] = []
     for i in range(num_steps - 1):
-        normals = step_normals(randn_like, x, sigmas[i], sigmas[i + 1], kappas[i], scheme)
-        step, noise = SCHEMES[scheme], lambda normals=normals: S_noise * next(normals)
-        x, D = step(denoise, x, past, sigmas[i], sigmas[i + 1], kappas[i], noise)
+        normals = step_normals(randn_like, x, sigmas[i], sigmas[i + 1], kappas[i], time_integral)
+        x, D = step(
+            denoise, x, past, sigmas[i], sigmas[i + 1], kappas[i], lambda normals=normals: S_noise * next(normals)
+        )
         past = [*past[-1:], (sigmas[i], D)]
         if callback is not None:
             callback(i, x, D, sigmas[i])
@@ -146,8 +149,8 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
 
     One step starts at σ_max. Karras et al. 2022, equation 5.
     """
-    sigma_min = max(sigma_min, float(getattr(net, 'sigma_min', 0)))
-    sigma_max = min(sigma_max, float(getattr(net, 'sigma_max', math.inf)))
+    sigma_min = max(sigma_min, float(property_of(net, 'sigma_min', 0)))
+    sigma_max = min(sigma_max, float(property_of(net, 'sigma_max', math.inf)))
     if num_steps < 1:
         raise ValueError(f'num_steps={num_steps} is less than 1')
     if rho <= 0:
@@ -160,8 +163,9 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
     except OverflowError:
         raise ValueError(f'rho={rho} is too small') from None
     sigmas = (top + ramp * (bottom - top)) ** rho
-    if hasattr(net, 'round_sigma'):
-        sigmas = torch.as_tensor(net.round_sigma(sigmas))
+    round_sigma = property_of(net, 'round_sigma')
+    if round_sigma is not None:
+        sigmas = torch.as_tensor(round_sigma(sigmas))
     return [*sigmas.tolist(), 0.0]
 
 
@@ -276,7 +280,25 @@ def guess_D(x, sigma):
     return x / (1 + sigma**2)
 
 
-SCHEMES = {'euler': euler_step, 'taylor': taylor_step, 'rk': rk_step}
+class Scheme(NamedTuple):
+    """All that the loop asks of a scheme.
+
+    Attributes:
+        step: the function of the step, called as `step(denoise, x, past, sigma, sigma_next, kappa, noise)`.
+        time_integral: whether its Z is the plain time integral of `noise_moments`; a `BrownianPath` gives it that.
+        eta_below: the step is defined for 0 ≤ eta < eta_below.
+    """
+
+    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    time_integral: bool = False
+    eta_below: float = math.inf
+
+
+SCHEMES = {
+    'euler': Scheme(euler_step),
+    'taylor': Scheme(taylor_step),
+    'rk': Scheme(rk_step, time_integral=True, eta_below=math.sqrt(3)),
+}
 
 # ----------------------------------------------------------------------------
 # Noise.
@@ -336,10 +358,10 @@ def exp_difference(*nodes):
 # Noise that does not depend on the time steps.
 
 
-def step_normals(randn_like, x, sigma, sigma_next, kappa, scheme):
+def step_normals(randn_like, x, sigma, sigma_next, kappa, time_integral):
     """Iterate over the standard normals that a step may ask for."""
     if isinstance(randn_like, BrownianPath):
-        yield from randn_like.normals(x, sigma, sigma_next, kappa, time_integral=scheme == 'rk')
+        yield from randn_like.normals(x, sigma, sigma_next, kappa, time_integral)
     else:
         while True:
             yield randn_like(x)
@@ -487,8 +509,7 @@ class Denoiser:
     def __init__(self, net, class_labels=None):
         self._net = net
         self._class_labels = class_labels
-        weight = next(net.parameters(), None) if hasattr(net, 'parameters') else None
-        self._dtype = None if weight is None else weight.dtype
+        self._dtype = network_dtype(net)
 
     def __call__(self, x, sigma):
         return self._call(self._cast(x), self._cast(sigma, x)).to(x.dtype)
@@ -542,28 +563,57 @@ def failed_layer(err):
     return f'layer {names.get(modules[-1]) or "(no name)"} of the network, a {type(modules[-1]).__name__},'
 
 
-class CountCalls:
+def property_of(net, name, default=None):
+    """An attribute of a network, also behind DataParallel, DistributedDataParallel or torch.compile, which hide it."""
+    while not hasattr(net, name):
+        net = getattr(net, 'module', getattr(net, '_orig_mod', None))
+        if net is None:
+            return default
+    return getattr(net, name)
+
+
+def network_dtype(net):
+    """The dtype that a network computes in: that of its first weight; None without weights."""
+    weight = next(net.parameters(), None) if hasattr(net, 'parameters') else None
+    return None if weight is None else weight.dtype
+
+
+class Wrapper(torch.nn.Module):
+    """A module around a network (module or function) with the attributes of both; the network's are read only."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith('__') or 'net' not in {**self.__dict__, **self.__dict__.get('_modules', {})}:
+                raise  # while a copy or a pickle is being filled
+            return getattr(self.net, name)
+
+
+class CountCalls(Wrapper):
     """A network that counts its work: `calls` evaluations, `jvp_calls` of them with a forward-mode product."""
 
     def __init__(self, net):
-        self._net = net
+        super().__init__(net)
         self.calls = 0
         self.jvp_calls = 0
 
-    def __call__(self, x, *args, **kwargs):
+    def forward(self, x, *args, **kwargs):
         self.calls += 1
         self.jvp_calls += torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-        return self._net(x, *args, **kwargs)
-
-    def __getattr__(self, name):
-        return getattr(self._net, name)
+        return self.net(x, *args, **kwargs)
 
 
-class Guided:
+class Guided(Wrapper):
     """A network steered away from a worse one, `gnet`: its denoiser is D = D_gnet + guidance·(D_net − D_gnet).
 
     Karras et al. 2024 (arXiv 2406.02507). With an unconditional `gnet` this is classifier-free guidance,
-    with a smaller or less trained one autoguidance. All attributes are those of `net`: its noise levels, its dtype.
+    with a smaller or less trained one autoguidance. All attributes are those of `net`: its noise levels, its dtype;
+    `gnet` is evaluated in its own dtype.
 
         net, gnet = CountCalls(net), CountCalls(gnet)    # so that net.calls + gnet.calls is the work done
         images = ito_taylor_sampler(Guided(net, gnet, 1.5), latents, class_labels)
@@ -581,18 +631,19 @@ class Guided:
 
     def __init__(self, net, gnet, guidance):
         for name, spare in [('img_resolution', []), ('img_channels', []), ('label_dim', [0])]:
-            expected, found = (getattr(each, name, None) for each in (net, gnet))
+            expected, found = (property_of(each, name) for each in (net, gnet))
             if None not in (expected, found) and found not in [expected, *spare]:
                 raise ValueError(f'gnet has {name}={found}, but net has {name}={expected}')
-        self._net, self._gnet, self._guidance = net, gnet, guidance
+        super().__init__(net)
+        self.gnet, self.guidance = gnet, guidance
 
-    def __call__(self, x, sigma, class_labels=None, **kwargs):
-        D = self._net(x, sigma, class_labels, **kwargs)
-        if self._guidance == 1:
+    def forward(self, x, sigma, class_labels=None, **kwargs):
+        D = self.net(x, sigma, class_labels, **kwargs)
+        if self.guidance == 1:
             return D
-        gnet_labels = None if getattr(self._gnet, 'label_dim', None) == 0 else class_labels
-        D_gnet = self._gnet(x, sigma, gnet_labels, **kwargs)
-        return D_gnet + self._guidance * (D - D_gnet)
-
-    def __getattr__(self, name):
-        return getattr(self._net, name)
+        dtype = network_dtype(self.gnet) or x.dtype
+        labels = None if property_of(self.gnet, 'label_dim') == 0 else class_labels
+        D_gnet = self.gnet(x.to(dtype), torch.as_tensor(sigma, dtype=dtype, device=x.device), labels, **kwargs).to(
+            D.dtype
+        )
+        return D_gnet + self.guidance * (D - D_gnet)

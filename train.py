@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib.options import FiniteRange, PositiveInts, at_least_one
-from generate import edm_sampler, generate_images, split_seeds
+from dnnlib.options import FiniteRange, ListOf, PositiveInts, at_least_one
 from images.pictures import contact_sheet
-from sampler_2nd import ito_taylor_sampler
+from sampling import choose
+from sampling.draw import generate_images, split_seeds
 from torch_utils import distributed as dist
 from torch_utils import misc, training_stats
 from training import networks, run_options, run_state
@@ -58,12 +58,6 @@ PRECONDS = {
 }
 AUGMENTATIONS = {'xflip': 1e8, 'yflip': 1, 'scale': 1, 'rotate_frac': 1, 'aniso': 1, 'translate_frac': 1}
 AUGMENT_DIM = 9  # numbers by which AUGMENTATIONS tells the network what it did
-
-# What --samples draws with, from left to right: db and ddb of generate.py, at their usual settings.
-SHEET_SAMPLERS: list[Callable[..., torch.Tensor]] = [
-    partial(edm_sampler, num_steps=18),
-    partial(ito_taylor_sampler, num_steps=40, scheme='rk'),
-]
 
 
 def _noise_distribution(opts: dnnlib.EasyDict) -> dict[str, float]:
@@ -119,7 +113,7 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
         trust_pickle=opts.trust_pickle,
         seed=opts.seed,
     )
-    config.update(samples=opts.samples, plot=opts.plot, tensorboard=opts.tensorboard)
+    config.update(samples=opts.samples, samplers=opts.sampler, plot=opts.plot, tensorboard=opts.tensorboard)
     began_with_transfer = run_options.beside(state).get('ema_rampup_ratio', 0) is None
     if opts.transfer is not None or began_with_transfer:
         config.update(resume_pkl=opts.transfer, ema_rampup_ratio=None)
@@ -181,12 +175,15 @@ def resume_kwargs(state: str) -> dict[str, Any]:
     }
 
 
-def draw_samples(net: Any, num: int, max_batch: int, device: torch.device) -> np.ndarray | None:
-    """Images of seeds 0 … num − 1, drawn with each of SHEET_SAMPLERS: one picture, on rank 0; the ranks share the work."""
+def draw_samples(
+    net: Any, samplers: Sequence[str], num: int, max_batch: int, device: torch.device
+) -> np.ndarray | None:
+    """Images of seeds 0 … num − 1, drawn by each sampler: one picture, on rank 0; the ranks share the work."""
     batches = split_seeds(range(num), max_batch)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     groups = []
-    for sampler in SHEET_SAMPLERS:
+    for name in samplers:
+        sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)
         drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device)))
         by_seed = {
             seed: image for part in drawn for seeds, images in part for seed, image in zip(seeds, images, strict=True)
@@ -258,7 +255,8 @@ fraction = FiniteRange(min=0, max=1)
 @click.option('--nosubdir',      help='Write into --outdir itself', is_flag=True)
 @click.option('--tick',          help='Print progress every', metavar='KIMG', type=at_least_one, default=50)
 @click.option('--snap',          help='Save a network every', metavar='TICKS', type=at_least_one, default=50)
-@click.option('--samples',       help='Draw so many images with every network saved, by db and by ddb', metavar='INT', type=click.IntRange(min=0), default=0)
+@click.option('--samples',       help='Draw so many images with every network saved, by each of --sampler', metavar='INT', type=click.IntRange(min=0), default=0)
+@click.option('--sampler',       help='Samplers of --samples, from left to right', metavar='LIST', type=ListOf(click.Choice(list(choose.samplers()))), default='heun,rk')
 @click.option('--plot',          help='Draw the loss curve, loss.png, with every network saved', metavar='BOOL', type=bool, default=False)
 @click.option('--tensorboard',   help='Write events for TensorBoard', metavar='BOOL', type=bool, default=False)
 @click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
@@ -457,10 +455,12 @@ def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]
     loader['pin_memory'] = loader['pin_memory'] and device.type == 'cuda'
     if loader['num_workers'] == 0:
         del loader['prefetch_factor']
-    num_samples = kwargs.pop('samples')
+    num_samples, samplers = kwargs.pop('samples'), kwargs.pop('samplers')
     if num_samples:
         _, batch = split_batch(config['batch_size'], config['batch_gpu'])
-        kwargs['draw_samples'] = partial(draw_samples, num=num_samples, max_batch=batch, device=device)
+        kwargs['draw_samples'] = partial(
+            draw_samples, samplers=samplers, num=num_samples, max_batch=batch, device=device
+        )
     return kwargs
 
 

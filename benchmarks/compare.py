@@ -42,6 +42,7 @@ from benchmarks.clock import clock_for
 from benchmarks.record import Record
 from images import pictures
 from metrics import measure
+from sampling import draw, networks
 from torch_utils import distributed as dist
 from training.file_tree import FileTree
 
@@ -122,7 +123,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         settings = {**dict(self.settings), 'num_steps': self.num_steps}
-        return {'sampler': self.sampler, 'version of the samplers': generate.SAMPLERS, **settings}
+        return {'sampler': self.sampler, 'version of the samplers': draw.IMAGE_VERSION, **settings}
 
     def label(self, varied: set[str]) -> str:
         """The sampler's name, and those settings that are unusual or differ between cells."""
@@ -243,12 +244,12 @@ def measure_cell(
     On a CPU it is the processor time of all threads that counts: other programs disturb it less.
     """
     clock = clock_for(device)
-    batches, sampler = generate.split_seeds(seeds, batch), cell.make()
+    batches, sampler = draw.split_seeds(seeds, batch), cell.make()
     images = judge.start()
-    list(generate.generate_images(net, [seeds[:1]], sampler, device))
+    list(draw.generate_images(net, [seeds[:1]], sampler, device))
     counted = sampler_2nd.CountCalls(net)
     seconds, start = 0.0, clock()
-    for batch_seeds, pixels in generate.generate_images(counted, batches, sampler, device):
+    for batch_seeds, pixels in draw.generate_images(counted, batches, sampler, device):
         seconds += clock() - start
         images.add(batch_seeds, torch.from_numpy(pixels).permute(0, 3, 1, 2))
         progress(len(batch_seeds))
@@ -308,7 +309,7 @@ class Comparison:
         """Save the first images of each cell, one above the other; every cell runs, so errors come at once."""
         missing = [cell for cell in self.cells if not self._strip(cell).exists()]
         for cell in tqdm(missing, desc='Pictures', unit='cell', disable=not missing):
-            [(_, images)] = generate.generate_images(self.net, [range(self.shown)], cell.make(), self.device)
+            [(_, images)] = draw.generate_images(self.net, [range(self.shown)], cell.make(), self.device)
             self._strip(cell).parent.mkdir(parents=True, exist_ok=True)
             pictures.save_png(pictures.tile(images, columns=1), self._strip(cell))
 
@@ -422,7 +423,7 @@ positive, non_negative = click.FloatRange(min=0, min_open=True), click.FloatRang
 # ruff: noqa: E501 – options stand in a table, one per line
 # fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', help='Network file, as for generate.py', metavar='NAME|PATH|URL', default=str(generate.SHIPPED_NETWORK), show_default='the shipped MNIST network')
+@click.option('--network', help='Network file, as for generate.py', metavar='NAME|PATH|URL', default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network')
 @click.option('--ref', help='Reference statistics or real images, as for fid.py', metavar='NPZ|URL|DIR|ZIP', required=True)
 @click.option('--outdir', help='Where results, pictures and the report go', metavar='DIR', default='out/compare')
 @click.option('--samplers', help=f'Some of {", ".join(OURS | PEERS)}', metavar='LIST', type=ListOf(SamplerName()), default='db,taylor,rk')
@@ -474,8 +475,8 @@ def main(context, **kwargs):
             return
         device = dist.init(opts.device)
         judge = Judge(metrics, opts.ref, opts.detector, device)
-        net = generate.load_network(opts.network, device, opts.trust_pickle)
-        generate.check_network(net, None)
+        net = networks.open_network(opts.network, device, opts.trust_pickle)
+        networks.check_network(net, None)
         identity = {option: identify(option, opts[option]) for option in ('network', 'ref')}
         identity |= {'detector': opts.detector, 'metrics': judge.metrics, 'num': opts.num}
         sizes = {name: opts[name] for name in ('num', 'sets', 'shown')}

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
+from sampling.networks import SHIPPED_NETWORK, prepare_for_cpu
 from torch_utils import distributed, network_io
 from training import networks
 
@@ -39,7 +39,7 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
         32, 3, model_type='SongUNet', augment_dim=9, model_channels=64, channel_mult=[2, 2, 2], dropout=0.13
     ),
-    'the shipped network': lambda: network_io.load_network(str(generate.SHIPPED_NETWORK)),
+    'the shipped network': lambda: network_io.load_network(str(SHIPPED_NETWORK)),
     'ADM, 64 channels': lambda: networks.EDMPrecond(32, 3, label_dim=10, model_channels=64),
 }
 
@@ -129,7 +129,7 @@ def prepare(way: str, name: str, batch: int, dtype: torch.dtype, device: str) ->
     randomize_zeros(net)
     net.to(device)
     if way.startswith('ours') and device == 'cpu':
-        generate.prepare_for_cpu(net)
+        prepare_for_cpu(net)
     x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution]).to(device)
     sigma = torch.linspace(0.1, 2, batch, device=device)
     classes = torch.arange(batch, device=device)

@@ -20,12 +20,13 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
 from benchmarks import digits_classifier, peers
 from benchmarks.clock import clock_for
 from benchmarks.record import Record
+from dnnlib import options
 from metrics import distances
+from sampling import draw, networks
 from torch_utils import distributed
 
 COMPONENTS, DIRECTIONS = 40, 200
@@ -105,7 +106,7 @@ def sample(net, sampler, evaluations, rho, num, seed, batch):
 
         with torch.no_grad():
             parts.append(sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise))
-    images = torch.from_numpy(generate.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()  # waits for a GPU
+    images = torch.from_numpy(draw.to_uint8(torch.cat(parts))).permute(0, 3, 1, 2).contiguous()  # waits for a GPU
     return images, classes, clock() - start
 
 
@@ -131,7 +132,7 @@ def cell(results):
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
 @click.option('--data', help="Dataset tool's mnist-5k", metavar='ZIP|DIR', default='datasets/mnist-32x32.zip')
 @click.option('--num', help='Digits of each seed set', metavar='INT', type=click.IntRange(min=50), default=5000)
 @click.option('--sets', help='Seed sets', metavar='INT', type=click.IntRange(min=1), default=3)
@@ -154,10 +155,10 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch, devi
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')
     try:
-        net = generate.load_network(network, distributed.select_device(device))
+        net = networks.open_network(network, distributed.select_device(device))
     except ValueError as err:
         raise click.UsageError(str(err)) from None
-    counts = generate.parse_int_list(evaluations)
+    counts = options.parse_int_list(evaluations)
     try:
         train, _ = digits_classifier.load_digits(data)
         classifier, _ = digits_classifier.fit_judge(data)
@@ -175,7 +176,7 @@ def main(network, data, num, sets, evaluations, rho, names, results, batch, devi
         cells = []
         for n in counts:
             of = {'sampler': name, 'evaluations': n, 'rho': rho, 'num': num, 'batch': batch}
-            of |= {'network': network_id, 'device': device, 'version of the samplers': generate.SAMPLERS}
+            of |= {'network': network_id, 'device': device, 'version of the samplers': draw.IMAGE_VERSION}
             found = []
             for seed in range(sets):
                 compute = partial(sample_and_judge, judge, net, samplers[name], n, rho, num, seed, batch)

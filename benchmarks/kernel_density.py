@@ -16,10 +16,10 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
 from benchmarks import gaussian_fd, peers
 from benchmarks.digits import Noise
+from dnnlib import options
 from metrics import distances
 
 CHUNK = 4000  # images whose weights are computed at once
@@ -90,7 +90,7 @@ def main(bandwidth, num, sets, evaluations, rho, names, **noise):
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')
-    counts = generate.parse_int_list(evaluations)
+    counts = options.parse_int_list(evaluations)
     density = KernelDensity(torch.tensor(gaussian_fd.small_digits()), bandwidth)
     print('| ' + ' | '.join([f'bandwidth {bandwidth:g}, rho = {rho:g}', *map(str, counts)]) + ' |')
     print('|---' * (len(counts) + 1) + '|')

@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
+from sampling import edm
 
 SIGMA_MAX, SIGMA_MIN = 3.0, 0.1
 
@@ -190,7 +190,7 @@ def solve(scheme, problem, path, steps, eta=1.0, S_max=math.inf):
     """The state at σ = 0.1 of the scheme on the path, after `steps` steps of equal length in ln σ."""
     net = PROBLEMS[problem]
     if scheme in ('edm heun', 'edm euler'):
-        sampler = generate.edm_sampler if scheme == 'edm heun' else partial(generate.ablation_sampler, solver='euler')
+        sampler = edm.edm_sampler if scheme == 'edm heun' else partial(edm.ablation_sampler, solver='euler')
         return before_last_step(sampler, net, path.latents, steps, randn_like=torch.zeros_like)
     normals = path.normals(steps, eta**2, time_integral=scheme.startswith('rk'))
     if scheme == 'euler':

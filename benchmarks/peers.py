@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
+from sampling import edm
 
 # k-diffusion asks for wandb, clip-anytorch and torchvision, which its samplers do not use.
 INSTALL = 'pip install -e ".[bench]" && pip install --no-deps k-diffusion'
@@ -231,8 +231,8 @@ PEERS = {
     'k-diffusion euler_ancestral': Sampler(k_diffusion('sample_euler_ancestral'), True),
     'diffusers EDM dpm 2M SDE': Sampler(diffusers_dpm, True),
     'torchsde srk': Sampler(torchsde_srk, True, 2, -1),
-    'EDM churn 40': Sampler(ours(generate.edm_sampler, **CHURN), True, 2, -1),
-    'EDM Heun': Sampler(ours(generate.edm_sampler), False, 2, -1),
+    'EDM churn 40': Sampler(ours(edm.edm_sampler, **CHURN), True, 2, -1),
+    'EDM Heun': Sampler(ours(edm.edm_sampler), False, 2, -1),
     'k-diffusion heun': Sampler(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
     'k-diffusion dpmpp_2m': Sampler(k_diffusion('sample_dpmpp_2m', stochastic=False), False),
 }

@@ -10,9 +10,10 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
+from dnnlib import options
 from images.pictures import enlarge, tile, to_pil
+from sampling import draw, networks
 
 STEPS = (10, 20, 40, 80, 160)
 
@@ -20,7 +21,7 @@ STEPS = (10, 20, 40, 80, 160)
 def pictures(net, seeds, noise, steps, **options):
     """uint8 [seeds, H, W, C]"""
     sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=steps, **options)
-    (result,) = generate.generate_images(net, [seeds], sampler, torch.device('cpu'), noise=noise)
+    (result,) = draw.generate_images(net, [seeds], sampler, torch.device('cpu'), noise=noise)
     return result[1]
 
 
@@ -37,7 +38,7 @@ def contact_sheet(columns):
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
 @click.option('--seeds', help='One per row', metavar='LIST', default='0-7')
 @click.option('--scheme', type=click.Choice(['taylor', 'rk']), default='rk')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
@@ -48,8 +49,8 @@ def main(network, seeds, scheme, rho, sheet):
     \b
     python benchmarks/same_picture.py
     """
-    net = generate.load_network(network, torch.device('cpu'))
-    seeds = generate.parse_int_list(seeds)
+    net = networks.open_network(network, torch.device('cpu'))
+    seeds = options.parse_int_list(seeds)
     print('| noise | ' + ' | '.join(f'{n} steps' for n in STEPS[:-1]) + ' |')
     print('|---' * len(STEPS) + '|')
     for noise in ('fresh', 'path'):

@@ -16,10 +16,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 import sampler_2nd
 from benchmarks import mixture, peers, plots
 from benchmarks.clock import clock_for
+from dnnlib import options
+from sampling import draw, networks
 from torch_utils import distributed
 
 SOLUTION_STEPS = 256
@@ -31,8 +32,8 @@ class Problem:
     def __init__(self, net, seeds, rho, batch):
         self.net, self.rho, self.batch = net, rho, batch
         self.path = sampler_2nd.BrownianPath(seeds)
-        rnd = generate.StackedRandomGenerator('cpu', seeds)
-        latents, classes = generate.draw_start(net, rnd, seeds, range(net.label_dim))
+        rnd = draw.StackedRandomGenerator('cpu', seeds)
+        latents, classes = draw.draw_start(net, rnd, seeds, range(net.label_dim))
         device = next(net.parameters()).device
         self.latents = latents.to(device, sampler_2nd.state_dtype(device))
         self.labels = None if classes is None else torch.eye(net.label_dim)[classes].to(device)
@@ -69,8 +70,8 @@ def errors(x, solution):
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(generate.SHIPPED_NETWORK))
-@click.option('--seeds', help='Images', metavar='LIST', type=generate.parse_int_list, default='0-99')
+@click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
+@click.option('--seeds', help='Images', metavar='LIST', type=options.parse_int_list, default='0-99')
 @click.option('--evaluations', help='Of the network, per image', metavar='LIST', default='8,12,16,24,32,64')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, default=mixture.ON_A_PATH)
@@ -89,11 +90,11 @@ def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
         raise click.UsageError('--seeds: one image has no standard error; give two or more')
     samplers = peers.available({**peers.PEERS, **peers.OURS})
     try:
-        net = generate.load_network(network, distributed.select_device(device))
+        net = networks.open_network(network, distributed.select_device(device))
     except ValueError as err:
         raise click.UsageError(str(err)) from None
     problem = Problem(net, seeds, rho, batch)
-    counts, solutions = generate.parse_int_list(evaluations), {}
+    counts, solutions = options.parse_int_list(evaluations), {}
     over_evaluations, over_seconds = {}, {}
     print('| strong error; weak error | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|', flush=True)

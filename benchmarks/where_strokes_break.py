@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import generate
 from benchmarks import digits_classifier
 from benchmarks.broken_strokes import is_broken
 from benchmarks.digits import Noise
 from sampler_2nd import ito_taylor_sampler
+from sampling import draw, networks
 
 
 def resample(net, digits: digits_classifier.Digits, sigma: float, steps: int, batch: int) -> np.ndarray:
@@ -32,12 +32,12 @@ def resample(net, digits: digits_classifier.Digits, sigma: float, steps: int, ba
             x = ito_taylor_sampler(
                 net, noise(), labels, noise, num_steps=steps, sigma_max=sigma, scheme='rk', init=real
             )
-        parts.append(generate.to_uint8(x)[..., 0])
+        parts.append(draw.to_uint8(x)[..., 0])
     return np.concatenate(parts)
 
 
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', help='Network', metavar='PATH', default=str(generate.SHIPPED_NETWORK))
+@click.option('--network', help='Network', metavar='PATH', default=str(networks.SHIPPED_NETWORK))
 @click.option('--data', help='Real digits', metavar='ZIP', default='datasets/mnist-32x32.zip')
 @click.option('--sigma', help='Noise levels', metavar='LIST', default='0.4,1.2,2,4,80')
 @click.option('--steps', help='Steps from each of them', metavar='INT', type=click.IntRange(min=1), default=24)
@@ -58,7 +58,7 @@ def main(network: str, data: str, sigma: str, steps: int, batch: int) -> None:
         levels = []
     if not levels or not all(0.002 < level <= 80 for level in levels):
         raise click.ClickException(f'--sigma={sigma!r}: levels above 0.002 and up to 80, such as 0.4,2,80')
-    net = generate.load_network(network, torch.device('cpu'))
+    net = networks.open_network(network, torch.device('cpu'))
     before = np.array([is_broken(image) for image in digits.images[:, 0].numpy()])
     print(f'{"real":>8}  {before.mean():6.1%} in more than one piece')
     for level in levels:

@@ -1,6 +1,7 @@
 """Types of command-line options, for click: lists, sizes, numbers to compute with."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +91,28 @@ class Resolution(click.ParamType):
         if match is None:
             self.fail(f'{value!r} is not like 64x64, 64,64 or 64', param, ctx)
         return int(match[1]), int(match[2] or match[1])
+
+
+class NewFile(click.ParamType):
+    """The name of a file to be written: its ending is one of `endings`, and its folder is there or can be made.
+
+    So it is known before hours of work that the file can be written after them.
+    """
+
+    name = 'file'
+
+    def __init__(self, *endings: str):
+        self._endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.lower().endswith(self._endings):
+            self.fail(f'{value}: the name ends in {" or ".join(self._endings)}', param, ctx)
+        folder = os.path.dirname(value) or '.'
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as err:
+            self.fail(f'{value}: cannot make the folder {folder}: {err.strerror}', param, ctx)
+        return value
 
 
 class FiniteRange(click.FloatRange):

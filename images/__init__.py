@@ -1,1 +1,1 @@
-"""Sampled images as files: PNG folders and archives, the record of how they were made, pictures of many."""
+"""Folders, archives and pictures of images; no PyTorch."""

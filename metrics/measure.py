@@ -42,6 +42,10 @@ class FeatureSet:
         if self._kept is not None:
             self._kept.append((positions, features.numpy()))
 
+    def add_pixels(self, positions: Sequence[int], pixels: np.ndarray) -> None:
+        """pixels: uint8 [N, H, W, 1 or 3], as `generate_images` gives them."""
+        self.add(positions, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
     def finish(self) -> None:
         """Join what all processes have added."""
         dim = max(dist.all_gather_object(len(self.moments.mean)))

@@ -22,6 +22,7 @@ import generate
 import sampler_2nd
 from benchmarks import compare, cost, record, report
 from metrics import detectors, measure, statistics
+from sampling import draw, edm
 from torch_utils import network_io
 from training import networks
 
@@ -189,24 +190,20 @@ def test_noise_is_limited_where_there_is_some():
 
 @NEEDS_K_DIFFUSION
 def test_a_peer_draws_by_seed_whatever_the_batch(network):
-    net = generate.load_network(network, torch.device('cpu')).double()
+    net = networks.open_network(network, torch.device('cpu')).double()
     sampler = compare.Cell('k-diffusion-dpmpp_sde', (('rho', 7),), 3, 3).make()
 
     def images(*batches):
-        return np.concatenate(
-            [each for _, each in generate.generate_images(net, batches, sampler, torch.device('cpu'))]
-        )
+        return np.concatenate([each for _, each in draw.generate_images(net, batches, sampler, torch.device('cpu'))])
 
     assert np.array_equal(images([5, 9, 2]), images([5], [9], [2]))
 
 
 @NEEDS_K_DIFFUSION
 def test_heun_is_the_same_through_the_adapter(network):
-    net = generate.load_network(network, torch.device('cpu'))
+    net = networks.open_network(network, torch.device('cpu'))
     one, other = (
-        next(
-            generate.generate_images(net, [[0, 1]], compare.Cell(name, (('rho', 5),), 6, 6).make(), torch.device('cpu'))
-        )
+        next(draw.generate_images(net, [[0, 1]], compare.Cell(name, (('rho', 5),), 6, 6).make(), torch.device('cpu')))
         for name in ('db', 'k-diffusion-heun')
     )
     assert np.abs(one[1].astype(int) - other[1]).max() <= 1
@@ -248,14 +245,14 @@ def test_numbers_and_pictures_are_those_of_generate(run, network, ref, tmp_path)
         assert f'fid {measured["numbers"]["fid"]:g}\n' in told.output
         assert (measured['calls'], measured['jvp_calls']) == {'db': (5, 0), 'rk': (3, 0)}[sampler]
         assert measured['seconds'] > 0
-    net = generate.load_network(network, torch.device('cpu'))
+    net = networks.open_network(network, torch.device('cpu'))
     samplers = {
-        'db': functools.partial(generate.edm_sampler, num_steps=3, rho=5),
+        'db': functools.partial(edm.edm_sampler, num_steps=3, rho=5),
         'rk': functools.partial(sampler_2nd.ito_taylor_sampler, num_steps=3, rho=5, scheme='rk'),
     }
     for name, sampler in samplers.items():
         [strip] = (tmp_path / 'out' / 'pictures').glob(f'{name}-*.png')
-        made = generate.generate_images(net, [[0, 1]], sampler, torch.device('cpu'))
+        made = draw.generate_images(net, [[0, 1]], sampler, torch.device('cpu'))
         assert np.array_equal(np.asarray(PIL.Image.open(strip)), next(made)[1].reshape(16, 8))
 
 

@@ -19,8 +19,8 @@ from generate_here import run
 
 import dataset_tool
 import fid
-import generate
 import sampler_2nd
+from sampling.networks import SHIPPED_NETWORK, open_network
 from training import networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
@@ -75,7 +75,7 @@ def test_adm_and_its_derivatives_are_those_of_the_cpu():
 @pytest.mark.parametrize('scheme', ['euler', 'taylor', 'rk'])
 def test_the_solver_takes_the_path_of_the_cpu(scheme):
     """The same latents and the same Brownian paths: the same images, to float32 rounding."""
-    net = generate.load_network(str(generate.SHIPPED_NETWORK), torch.device('cpu'))
+    net = open_network(str(SHIPPED_NETWORK), torch.device('cpu'))
     seeds = [0, 1, 2]
     latents = torch.randn([3, 1, 32, 32], generator=torch.Generator().manual_seed(0))
     labels = torch.eye(10)[seeds]

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import example
-import generate
+from sampling import draw, edm, networks
 from torch_utils import network_io
 
 REFERENCE = pathlib.Path(example.__file__).parent / 'docs' / 'mnist-32x32.png'
@@ -24,14 +24,14 @@ def pixels(path):
 def test_first_row_of_the_reference_picture():
     """The demo's random stream, network and settings, on the first 8 of its 64 images."""
     _, _, sampler, settings = example.EXAMPLES['mnist']
-    net = network_io.load_network(str(generate.SHIPPED_NETWORK))
+    net = network_io.load_network(str(networks.SHIPPED_NETWORK))
     torch.manual_seed(0)
     latents = torch.randn([64, 1, 32, 32])[:8]
     labels = torch.eye(10)[torch.randint(10, size=[64])][:8]
     images = sampler(
         net, latents, labels, randn_like=lambda x: torch.randn([64, 1, 32, 32], dtype=x.dtype)[:8], **settings
     )
-    row = example.tile(generate.to_uint8(images), columns=8)[:, :, 0]
+    row = example.tile(draw.to_uint8(images), columns=8)[:, :, 0]
     assert np.abs(row.astype(int) - pixels(REFERENCE)[:32]).max() <= 2
 
 
@@ -65,7 +65,7 @@ def test_tiles_run_row_by_row():
 def test_a_failed_download_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setitem(example.EXAMPLES, 'cifar10', ('http://localhost:9/x.pkl', 'x.png', generate.edm_sampler, {}))
+    monkeypatch.setitem(example.EXAMPLES, 'cifar10', ('http://localhost:9/x.pkl', 'x.png', edm.edm_sampler, {}))
     run = CliRunner().invoke(example.main, ['--dataset=cifar10', '--device=cpu'])
     assert run.exit_code == 1
     [line] = [line for line in run.output.splitlines() if line.startswith('Error:')]

@@ -16,6 +16,7 @@ import torch
 import generate
 from benchmarks import peers
 from sampler_2nd import Denoiser, ito_taylor_sampler, noise_levels
+from sampling import edm
 
 ROOT = pathlib.Path(generate.__file__).parent
 
@@ -154,7 +155,7 @@ def test_for_the_ode_our_euler_and_heun_are_those_of_diffusers(diffusers, unet, 
     ends = {'num_steps': 12, 'sigma_max': net.sigma_max}
     for ours, theirs in [
         (ito_taylor_sampler(net, latents, scheme='euler', eta=0, **ends), diffusers.EulerDiscreteScheduler),
-        (generate.edm_sampler(net, latents, **ends), diffusers.HeunDiscreteScheduler),
+        (edm.edm_sampler(net, latents, **ends), diffusers.HeunDiscreteScheduler),
     ]:
         assert distance(ours, diffusers_run(theirs, unet, latents, 12)) < 1e-5
 

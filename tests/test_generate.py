@@ -23,6 +23,8 @@ from generate_here import run
 import dnnlib
 import generate
 import sampler_2nd
+from dnnlib import options
+from sampling import draw, edm
 from training import networks
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -46,7 +48,7 @@ def network_files(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def digits(network_files):
-    return generate.load_network(str(network_files / 'digits.pkl'), torch.device('cpu'))
+    return networks.open_network(str(network_files / 'digits.pkl'), torch.device('cpu'))
 
 
 def run_ok(*args):
@@ -118,7 +120,7 @@ def test_ablation_sampler_with_default_choices_is_the_edm_sampler():
     kwargs = {'num_steps': 7, 'S_churn': 4, 'S_min': 0.05, 'S_max': 50, 'S_noise': 1.003, 'rho': 5}
     results = [
         sampler(GaussianDenoiser(), LATENTS, randn_like=constant_noise, **kwargs)
-        for sampler in (generate.edm_sampler, generate.ablation_sampler)
+        for sampler in (edm.edm_sampler, edm.ablation_sampler)
     ]
     assert torch.allclose(*results, rtol=1e-12, atol=0)
 
@@ -128,7 +130,7 @@ def test_edm_sampler_starts_from_images_and_needs_no_noise_levels_of_the_network
     s, level = 0.5, 3.0
     images = torch.linspace(-1, 1, LATENTS[0].numel()).reshape(LATENTS[0].shape).expand_as(LATENTS)
     start = {'num_steps': 200, 'sigma_max': level, 'init': images}
-    found = generate.edm_sampler(lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2), LATENTS, **start)
+    found = edm.edm_sampler(lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2), LATENTS, **start)
     assert torch.allclose(found, (images + level * LATENTS.double()) * s / math.hypot(s, level), rtol=2e-4)
 
 
@@ -145,7 +147,7 @@ def test_improved_ddpm_levels_are_spaced_as_edm_spaces_them():
 
 def test_golden_random_numbers():
     golden = GOLDEN['stacked_generator_cpu']
-    rnd = generate.StackedRandomGenerator('cpu', golden['seeds'])
+    rnd = draw.StackedRandomGenerator('cpu', golden['seeds'])
     latents = rnd.randn([3, 3, 8, 8])
     assert latents.dtype == torch.float32
     np.testing.assert_allclose(latents.flatten(1)[:, :3], golden['randn_f32_[3,8,8]_first3'], atol=1e-7, rtol=0)
@@ -156,7 +158,7 @@ def test_golden_random_numbers():
 
 
 def test_seeds_wrap_at_32_bits_and_rows_are_counted():
-    rnd = generate.StackedRandomGenerator('cpu', [5, 2**32 + 5])
+    rnd = draw.StackedRandomGenerator('cpu', [5, 2**32 + 5])
     a, b = rnd.randn([2, 4])
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match='3 rows asked of 2'):
@@ -177,7 +179,7 @@ def test_seeds_wrap_at_32_bits_and_rows_are_counted():
     ],
 )
 def test_parse_int_list(text, expected):
-    assert generate.parse_int_list(text) == expected
+    assert options.parse_int_list(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,13 +187,13 @@ def test_parse_int_list(text, expected):
 )
 def test_parse_int_list_refuses(text):
     with pytest.raises(ValueError, match=r'neither a number nor a range|runs backwards'):
-        generate.parse_int_list(text)
+        options.parse_int_list(text)
 
 
 @pytest.mark.parametrize('kwargs', [{}, *({'discretization': name} for name in DISCRETIZATIONS)])
 @pytest.mark.parametrize('S_churn', [0, 40])
 def test_one_step_is_the_denoised_image(kwargs, S_churn):
-    sampler = generate.ablation_sampler if kwargs else generate.edm_sampler
+    sampler = edm.ablation_sampler if kwargs else edm.edm_sampler
     net = GaussianDenoiser()
     out = sampler(net, LATENTS, randn_like=constant_noise, num_steps=1, S_churn=S_churn, **kwargs)
     assert len(net.sigma_calls) == 1
@@ -201,7 +203,7 @@ def test_one_step_is_the_denoised_image(kwargs, S_churn):
         assert torch.allclose(out, LATENTS.double() * sigma * 0.25 / (0.25 + sigma**2), rtol=1e-9)
 
 
-@pytest.mark.parametrize('sampler', [generate.edm_sampler, generate.ablation_sampler])
+@pytest.mark.parametrize('sampler', [edm.edm_sampler, edm.ablation_sampler])
 def test_rounded_noise_levels_give_no_nan(sampler):
     class RoundsDown(GaussianDenoiser):
         """What it is asked twice, it has rounded twice: t̂ comes out below t."""
@@ -216,7 +218,7 @@ def test_rounded_noise_levels_give_no_nan(sampler):
             assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize('sampler', [generate.edm_sampler, generate.ablation_sampler])
+@pytest.mark.parametrize('sampler', [edm.edm_sampler, edm.ablation_sampler])
 def test_iddpm_network_gives_no_nan(sampler):
     adm = {'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
     net = foreign_edm.randomize(networks.iDDPMPrecond(8, 1, **adm), seed=0).eval()
@@ -229,7 +231,7 @@ def test_iddpm_network_gives_no_nan(sampler):
 def test_ablation_sampler_names_what_it_does_not_know():
     for name in ('solver', 'discretization', 'schedule', 'scaling'):
         with pytest.raises(ValueError, match=f"{name}='none-such' is not one of"):
-            generate.ablation_sampler(GaussianDenoiser(), LATENTS, **{name: 'none-such'})
+            edm.ablation_sampler(GaussianDenoiser(), LATENTS, **{name: 'none-such'})
 
 
 # ----------------------------------------------------------------------------
@@ -260,9 +262,9 @@ def test_db_draws_are_those_of_edm(label_dim, S_churn):
             return drawn[-1]
 
         drawn.extend([latents, labels])
-        return generate.edm_sampler(net, latents, labels, spy, num_steps=18, S_churn=S_churn)
+        return edm.edm_sampler(net, latents, labels, spy, num_steps=18, S_churn=S_churn)
 
-    list(generate.generate_images(net, [[7, 9]], sampler, torch.device('cpu')))
+    list(draw.generate_images(net, [[7, 9]], sampler, torch.device('cpu')))
     latents, labels, *noises = drawn
     assert len(noises) == 18
     assert latents.dtype == torch.float32
@@ -282,7 +284,7 @@ def test_class_option_replaces_the_class_and_keeps_the_noise(digits):
         return latents
 
     for class_idx in (None, 2):
-        list(generate.generate_images(digits, [[0, 1, 2, 3]], sampler, torch.device('cpu'), class_idx))
+        list(draw.generate_images(digits, [[0, 1, 2, 3]], sampler, torch.device('cpu'), class_idx))
     assert torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][2], seen[1][2])
     assert seen[1][1].tolist() == [[0, 0, 1]] * 4
@@ -292,14 +294,14 @@ def test_class_option_replaces_the_class_and_keeps_the_noise(digits):
 def test_to_uint8_truncates_as_edm_does():
     values = [-9, -1, -0.999, -0.5, 0, 0.5, 0.99, 0.996, 1, 9]
     images = torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2, 5)
-    assert generate.to_uint8(images).flatten().tolist() == [0, 0, 0, 64, 128, 191, 254, 254, 255, 255]
-    assert generate.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    assert draw.to_uint8(images).flatten().tolist() == [0, 0, 0, 64, 128, 191, 254, 254, 255, 255]
+    assert draw.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
 
 
 def test_batches_are_few_and_nearly_equal():
-    assert generate.split_seeds(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
-    assert generate.split_seeds([5, 5, 1], 64) == [[5, 5, 1]]
-    assert generate.split_seeds([10**25], 64) == [[10**25]]
+    assert draw.split_seeds(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    assert draw.split_seeds([5, 5, 1], 64) == [[5, 5, 1]]
+    assert draw.split_seeds([10**25], 64) == [[10**25]]
 
 
 # ----------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def test_png_holds_the_sampled_numbers(network_files, digits, tmp_path):
     run_ok(f'--outdir={tmp_path}', f'--network={network_files}/digits.pkl', '--seeds=4', '--steps=3', '--S_churn=2')
     latent, class_idx, noises = reference_draws(4, [1, 8, 8], 3, 3)
     label, noise = torch.eye(3)[[class_idx]], iter(noises)
-    x = generate.edm_sampler(digits, latent[None], label, lambda x: next(noise)[None], num_steps=3, S_churn=2)
+    x = edm.edm_sampler(digits, latent[None], label, lambda x: next(noise)[None], num_steps=3, S_churn=2)
     expected = np.trunc(np.clip(127.5 * x.numpy() + 128, 0, 255))[0, 0]
     assert len(np.unique(expected)) > 10
     assert np.array_equal(pictures(tmp_path)['000004.png'], expected)
@@ -460,7 +462,7 @@ def test_ddb_images_are_those_of_the_second_order_sampler(network_files, digits,
         rho=3,
     )
     assert next(noise, None) is None
-    assert np.array_equal(pictures(tmp_path)['000008.png'], generate.to_uint8(x)[0, :, :, 0])
+    assert np.array_equal(pictures(tmp_path)['000008.png'], draw.to_uint8(x)[0, :, :, 0])
 
 
 @pytest.mark.parametrize(
@@ -781,7 +783,7 @@ def test_precision_overrides_that_of_the_file(capsys, dtype, expected):
     net = networks.EDMPrecond(8, 1, use_fp16=True, **SONG).requires_grad_(False)
     seen = []
     net.model.map_layer0.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    generate.set_precision(net, torch.device('cpu'), dtype)
+    networks.set_precision(net, torch.device('cpu'), dtype)
     assert net(torch.zeros(1, 1, 8, 8), torch.ones(1)).dtype == torch.float32
     assert (net.use_fp16, seen) == (False, [expected])
     assert ('Warning' in capsys.readouterr().out) == (dtype != 'fp32')
@@ -789,7 +791,7 @@ def test_precision_overrides_that_of_the_file(capsys, dtype, expected):
 
 def test_a_device_without_the_precision(digits):
     with pytest.raises(click.ClickException, match=r'--dtype=fp16: .*meta'):
-        generate.set_precision(digits, torch.device('meta'), 'fp16')
+        networks.set_precision(digits, torch.device('meta'), 'fp16')
 
 
 class WithoutForwardMode(torch.autograd.Function):

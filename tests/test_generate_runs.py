@@ -23,6 +23,7 @@ from image_files import png
 import dnnlib
 import fid
 import generate
+from sampling import draw
 from torch_utils import network_io
 from training import networks
 from training.dataset import ImageFolderDataset
@@ -165,8 +166,8 @@ def test_other_settings_are_refused(sample, refused, files, args, change):
 
 def test_images_of_another_version_of_the_samplers_are_refused(sample, refused, monkeypatch):
     sample('out')
-    monkeypatch.setattr(generate, 'SAMPLERS', generate.SAMPLERS + 1)
-    assert f'(version of the samplers: {generate.SAMPLERS - 1} → {generate.SAMPLERS})' in refused('out')
+    monkeypatch.setattr(generate, 'SAMPLERS', draw.IMAGE_VERSION + 1)
+    assert f'(version of the samplers: {draw.IMAGE_VERSION - 1} → {draw.IMAGE_VERSION})' in refused('out')
 
 
 def test_a_folder_without_images_takes_any_settings(sample, tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from images.progress import progress
+from sampling.progress import progress_bar
 
 
 class Terminal(io.StringIO):
@@ -19,7 +19,7 @@ def lines(stream):
 
 def test_a_terminal_shows_the_bar_before_the_first_step(monkeypatch):
     monkeypatch.setattr(sys, 'stderr', Terminal())
-    with progress(total=8, todo=6, steps=3) as step_done:
+    with progress_bar(total=8, todo=6, steps=3) as step_done:
         assert lines(sys.stderr)[-1].startswith('Sampling 8 images:  25%')
         for _ in range(3):
             step_done()
@@ -27,7 +27,7 @@ def test_a_terminal_shows_the_bar_before_the_first_step(monkeypatch):
 
 
 def fail(steps_done):
-    with progress(total=8, todo=8, steps=4) as step_done:
+    with progress_bar(total=8, todo=8, steps=4) as step_done:
         for _ in range(steps_done):
             step_done()
         raise ValueError('sigma_min')

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import generate
 import sampler_2nd
 from benchmarks import solver_error
+from sampling import draw, networks
 
 SEEDS = [3, 14]
 
 
 @pytest.fixture(scope='module')
 def net():
-    return generate.load_network(str(generate.SHIPPED_NETWORK), torch.device('cpu'))
+    return networks.open_network(str(networks.SHIPPED_NETWORK), torch.device('cpu'))
 
 
 @pytest.mark.parametrize('scheme', ['taylor', 'rk'])
@@ -27,9 +27,9 @@ def test_the_images_are_those_of_generate(net, scheme, batch, pixels):
     problem = solver_error.Problem(net, SEEDS, rho=7, batch=batch)
     sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
     classes, cpu = range(net.label_dim), torch.device('cpu')
-    [(_, images)] = generate.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
+    [(_, images)] = draw.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
     mine, seconds = problem.solve(f'ddb {scheme}', 4)
-    difference = np.abs(generate.to_uint8(mine).astype(int) - images)
+    difference = np.abs(draw.to_uint8(mine).astype(int) - images)
     assert seconds > 0
     assert difference.max() <= 1
     assert np.count_nonzero(difference) <= pixels

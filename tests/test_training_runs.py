@@ -20,9 +20,9 @@ import torch
 from click.testing import CliRunner
 
 import dataset_tool
-import generate
 import train
 from images import pictures
+from sampling import draw
 from torch_utils import distributed, interrupts, misc, network_io
 from training import networks, progress, run_state, training_loop
 
@@ -447,7 +447,7 @@ def test_samples_are_those_of_generate(finished):
     assert [sheet.shape for sheet in sheets] == [(16, 36)] * 3
     net = network_io.load_network(str(finished / 'network-snapshot-000002.pkl'))
     for sampler, left in zip(train.SHEET_SAMPLERS, [0, 20], strict=True):
-        [(_, images)] = generate.generate_images(net, [[0, 1, 2]], sampler, torch.device('cpu'))
+        [(_, images)] = draw.generate_images(net, [[0, 1, 2]], sampler, torch.device('cpu'))
         grid = sheets[2][:, left : left + 16]
         for image, (y, x) in zip(images, [(0, 0), (0, 8), (8, 0)], strict=True):
             assert np.abs(grid[y : y + 8, x : x + 8].astype(int) - image[:, :, 0]).max() <= 1

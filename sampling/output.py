@@ -8,7 +8,8 @@ import numpy as np
 
 import dnnlib
 from dnnlib import settings as records
-from images import archives, files, run_record
+from images import archives, files
+from sampling import run_record
 from torch_utils import distributed as dist
 
 ARCHIVES = {'npz': archives.NpzArchive, 'zip': archives.ZipArchive}

@@ -10,7 +10,7 @@ from torch_utils import distributed as dist
 
 
 @contextlib.contextmanager
-def progress(total: int, todo: int, steps: int) -> Iterator[Callable[[], None]]:
+def progress_bar(total: int, todo: int, steps: int) -> Iterator[Callable[[], None]]:
     """A bar over the images of all processes; gives what to call after each of the `steps` of this one.
 
     Rank 0 shows its own share for that of all, so nothing is exchanged: the batches are nearly equal, and it has as

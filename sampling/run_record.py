@@ -36,11 +36,20 @@ def read(outdir: str) -> dict[str, Any] | None:
     """
     path = path_in(outdir)
     try:
-        return dict(settings.read(path)['settings'])
+        return _in_words_of_today(dict(settings.read(path)['settings']))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} is not a record of generate.py; choose another --outdir, or delete it') from None
+
+
+def _in_words_of_today(of: dict[str, Any]) -> dict[str, Any]:
+    """Version 0.1 wrote `randn_like` and `scheme` where `sampler` is now."""
+    randn_like = of.pop('randn_like', None)
+    if randn_like is None:
+        return of
+    name = of.pop('scheme', 'taylor') if randn_like == 'ddb' else 'ablation' if 'solver' in of else 'heun'
+    return {'sampler': name} | of
 
 
 def save(outdir: str, of: dict[str, Any], note: dict[str, Any]) -> None:
