@@ -18,7 +18,6 @@ from image_files import png, write
 from test_raw_images import python_2_batch, write_cifar, write_idx, write_lmdb
 
 import dataset_tool
-import generate
 from torch_utils import network_io
 from training import networks
 
@@ -107,7 +106,7 @@ def build(root: Path) -> None:
         write_statistics(root / name, side)
     torch.save({'scale': torch.ones(1)}, root / 'served' / 'inception.pth')
     write(root / 'docs', {path.name: path.read_bytes() for path in (ROOT / 'docs').glob('*.jsonl')})
-    shutil.copy(generate.SHIPPED_NETWORK, root / 'served' / 'net.pkl')
+    shutil.copy(ROOT / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl', root / 'served' / 'net.pkl')
     (root / 'shared').mkdir()
     (root / 'shared' / 'datasets').symlink_to('../datasets')
 
