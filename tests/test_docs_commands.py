@@ -159,18 +159,15 @@ RULES = [
     Rule(r'fid\.py ref .*', statistics, '--workers=0 --device=cpu'),
     Rule(r'train\.py .*', a_network, SMALL_TRAINING),
     Rule(r'-m torch_utils\.network_io (inspect|convert) .*'),
+    Rule(r'-m torch_utils\.doctor'),
+    Rule(r'compare\.py .*k-diffusion.*', a_report, f'{SMALL_COMPARISON} --evaluations=8', needs='k_diffusion'),
     Rule(
-        r'benchmarks/compare\.py .*k-diffusion.*', a_report, f'{SMALL_COMPARISON} --evaluations=8', needs='k_diffusion'
-    ),
-    Rule(
-        r'benchmarks/compare\.py (?!.*k-diffusion).*--evaluations.*',
+        r'compare\.py (?!.*k-diffusion).*--evaluations.*',
         a_report,
         f'{SMALL_COMPARISON} --evaluations=8',
         needs='matplotlib',
     ),
-    Rule(
-        r'benchmarks/compare\.py .*--steps.*', a_report, f'{SMALL_COMPARISON} --steps=3 --eta=0,1', needs='matplotlib'
-    ),
+    Rule(r'compare\.py .*--steps.*', a_report, f'{SMALL_COMPARISON} --steps=3 --eta=0,1', needs='matplotlib'),
     Rule(r'benchmarks/gaussian_fd\.py .*', a_plot, '--spectrum=power --rho=7', slow=True, needs='matplotlib'),
     Rule(r'benchmarks/cost\.py.*', smaller='--batch=1 --rounds=1 --sets=1 --device=cpu', slow=True),
     Rule(r'benchmarks/guidance\.py.*', smaller='--paths=4', slow=True),
