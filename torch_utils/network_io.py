@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 import dnnlib
 from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
-from torch_utils import network_pickle, safe_pickle
+from torch_utils import network_pickle, persistence, safe_pickle
 from torch_utils.network_pickle import StoredNetwork
 
 # A file has the name of a class and its source text, but no module. So a name stands for one class here; whether the
@@ -146,8 +146,11 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
     network (loss_fn, …); or .safetensors, the weights with class and arguments, without `entries`.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or layers that no file can hold, such as those of `training.folding`.
     """
+    foreign = {type(module).__name__ for module in net.modules() if not _has_a_stored_form(module)}
+    if foreign:
+        raise ValueError(f'{path}: a network with {", ".join(sorted(foreign))} in it is for evaluation only')
     net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if str(path).endswith('.pkl'):
         with dnnlib.util.atomic_write(path) as file:
@@ -157,6 +160,10 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
             file.write(_safetensors(net))
     else:
         raise ValueError(f'{path}: the name of a network file ends in .pkl or .safetensors')
+
+
+def _has_a_stored_form(module: torch.nn.Module) -> bool:
+    return persistence.is_persistent(module) or type(module).__module__.startswith('torch.nn.')
 
 
 def one_line(message: object, width: int = 500) -> str:

@@ -67,6 +67,11 @@ def resample(x, f=(1, 1), mode='keep'):
     return conv2d(x, kernel, **geometry) if mode == 'down' else conv_transpose2d(x, 4 * kernel, **geometry)
 
 
+def convolve(x, weight):
+    """Convolution that keeps height and width; with a matrix as weight, a linear layer."""
+    return linear(x, weight) if weight.ndim == 2 else conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
 # ----------------------------------------------------------------------------
 # Layers.
 
@@ -106,8 +111,7 @@ class MPConv(torch.nn.Module):
     def forward(self, x, gain=1):
         if self.training:
             self.force_normalization()
-        weight = self.scaled_weight(gain).to(x.dtype)
-        return linear(x, weight) if weight.ndim == 2 else conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return convolve(x, self.scaled_weight(gain).to(x.dtype))
 
     @torch.no_grad()
     def force_normalization(self):
