@@ -17,10 +17,9 @@ Put into (1) with J_D frozen at the start of the step, (2) gives the step of `ta
 per pixel, the increment N of x and the integral Z that it leaves in D: the pair that `ddb` stands for. `rk` has the
 same orders without a derivative, by one evaluation inside the step, where D is in mean what the step needs.
 
-Where to enter: `ito_taylor_sampler` is the loop; a scheme is one function, `…_step`, and one line of `SCHEMES`;
-`noise_pair` makes N and Z of two normals; `BrownianPath` is a source of noise that knows the whole path, so that the
-number of steps may change;
-`Guided` makes one network of two, and `CountCalls` counts what one does.
+Where to enter: `integrate` is the loop; a scheme is one function, `…_step`, and one line of `SCHEMES`; `noise_pair`
+makes N and Z of two normals; `BrownianPath` is a source of noise that knows the whole path, so that the number of steps
+may change; `Guided` makes one network of two, and `CountCalls` counts what one does.
 
 Sources: Karras et al. 2022 (arXiv 2206.00364), equations 1 and 6 for (1); Kloeden & Platen 1992, section 10.4 for
 strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinates τ = 1/σ², y = τ x, where (1) with
@@ -64,16 +63,7 @@ def ito_taylor_sampler(
     callback: Callable[[int, torch.Tensor, torch.Tensor, float], Any] | None = None,
     init: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Turn noise into images along the reverse-time SDE (1).
-
-    | scheme | noise per step | network work per step            | strong / weak order       |
-    |--------|----------------|----------------------------------|---------------------------|
-    | euler  | 1 normal       | 1 evaluation                     | 1 / 1                     |
-    | taylor | 2 normals      | 1 evaluation with 1 JVP          | 1.5 / 2                   |
-    | rk     | 2 normals      | 1 evaluation                     | 1.5 / 2, for eta < √3     |
-
-    The last step, from the smallest noise level to zero, is x = D(x; σ) in every scheme. In all, each of them evaluates
-    the network `num_steps` times.
+    """Turn noise into images along the reverse-time SDE (1), with `num_steps` evaluations of the network.
 
     Args:
         net: denoiser; `net(x, sigma, class_labels)` with x of shape [N, …] and a 0-dim sigma returns D(x; σ). It is
@@ -88,12 +78,12 @@ def ito_taylor_sampler(
         S_min, S_max: noise is added in steps that start at S_min ≤ t_i ≤ S_max; outside, κ = 0.
         S_noise: factor on the noise.
         eta: κ = eta², ≥ 0; for `rk` below √3.
-        scheme: 'euler', 'taylor' or 'rk', or what else is in `SCHEMES`.
+        scheme: a name in `SCHEMES`, which has their orders: 'euler', 'taylor' or 'rk'.
         dtype: of the state; float64 by default, float32 on devices without it (mps).
         callback: called after step i = 0 … N−1 as `callback(i, x, D, sigma)`: the new state, the denoised images that
             the step used, and the noise level it started from. In the last step x is D.
-        init: clean images to start from instead of nothing, floating point in [−1, 1], of the shape of `latents`.
-            Then sigma_max says how much of them is forgotten: about 0.5 keeps most, 10 little of an image.
+        init: clean images to start from, floating point in [−1, 1], of the shape of `latents`; sigma_max says how much
+            of them is forgotten: about 0.5 keeps most, 10 little of an image.
 
     Returns:
         Images, of the shape of `latents`, in `dtype`.
@@ -102,25 +92,24 @@ def ito_taylor_sampler(
         ValueError: an argument is out of its range, or the network returns no image of the shape of its input.
         NotFiniteError: an image is not finite after a step.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f'scheme={scheme!r} is not one of {", ".join(SCHEMES)}')
-    step, time_integral, eta_below = SCHEMES[scheme]
-    check_noise_options(S_min, S_max, S_noise, eta=eta)
-    if not 0 <= eta < eta_below:
-        raise ValueError(f'scheme={scheme!r} needs an eta from 0 to below {eta_below:.4g}, and this is {eta:g}')
-    dtype = dtype or state_dtype(latents.device)
+    chosen = choose_scheme(scheme, eta)
+    check_noise_options(S_min, S_max, S_noise)
     sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
+    x = first_state(latents.to(dtype or state_dtype(latents.device)), sigmas[0], init)
+    return integrate(Denoiser(net, class_labels), x, sigmas, kappas, chosen, randn_like, S_noise, callback)
 
-    denoise = Denoiser(net, class_labels)
-    x = first_state(latents.to(dtype), sigmas[0], init)
+
+def integrate(denoise, x, sigmas, kappas, scheme, randn_like, S_noise=1, callback=None):
+    """The loop: a step from each noise level to the next; the last one, to zero, is x = D(x; σ) in every scheme."""
     if not len(x):
         return x
     past: list[tuple[float, torch.Tensor]] = []
+    num_steps = len(kappas)
     for i in range(num_steps - 1):
         interval = sigmas[i], sigmas[i + 1], kappas[i]
-        normals = step_normals(randn_like, x, *interval, time_integral)
-        x, D = step(denoise, x, past, *interval, lambda normals=normals: S_noise * next(normals))
+        normals = step_normals(randn_like, x, *interval, scheme.time_integral)
+        x, D = scheme.step(denoise, x, past, *interval, lambda normals=normals: S_noise * next(normals))
         check_finite(x, i, num_steps)
         past = [*past[-1:], (sigmas[i], D)]
         if callback is not None:
@@ -132,11 +121,20 @@ def ito_taylor_sampler(
     return x
 
 
-def check_noise_options(S_min, S_max, S_noise, **strength):
-    """Raise ValueError for a window that is none, and for numbers that nothing can be computed with."""
-    for name, value in {'S_noise': S_noise, **strength}.items():
-        if not math.isfinite(value):
-            raise ValueError(f'{name}={value} is not a number to compute with')
+def choose_scheme(name, eta):
+    """The scheme of this name. Raises ValueError if there is none, or if it is not defined for this `eta`."""
+    if name not in SCHEMES:
+        raise ValueError(f'scheme={name!r} is not one of {", ".join(SCHEMES)}')
+    scheme = SCHEMES[name]
+    if not 0 <= eta < scheme.eta_below:
+        raise ValueError(f'scheme={name!r} needs an eta from 0 to below {scheme.eta_below:.4g}, and this is {eta:g}')
+    return scheme
+
+
+def check_noise_options(S_min, S_max, S_noise):
+    """Raise ValueError for a window that is none, and for a factor that nothing can be computed with."""
+    if not math.isfinite(S_noise):
+        raise ValueError(f'S_noise={S_noise} is not a number to compute with')
     if not S_min <= S_max:
         raise ValueError(f'S_min={S_min} is above S_max={S_max}')
 
@@ -309,6 +307,13 @@ def guess_D(x, sigma):
     It is multiplied by h² J_D, in one step only, which costs no order. And J_D is small where sampling starts.
     """
     return x / (1 + sigma**2)
+
+
+# | scheme | noise per step | network work per step   | strong / weak order |
+# |--------|----------------|-------------------------|---------------------|
+# | euler  | 1 normal       | 1 evaluation            | 1 / 1               |
+# | taylor | 2 normals      | 1 evaluation with 1 JVP | 1.5 / 2             |
+# | rk     | 2 normals      | 1 evaluation            | 1.5 / 2             |
 
 
 class Scheme(NamedTuple):
@@ -604,8 +609,7 @@ CUTS = {torch.Tensor.detach: 'detach', torch.detach: 'detach', torch.Tensor.data
 NO_FORWARD_MODE = f'forward (mode )?AD|functorch|(have|access) storage|view size is not compatible|{CUT}'
 
 
-# What it says of a function that hands float64 on to a float32 network.
-OTHER_DTYPE = 'same dtype|scalar type|should be the same'
+OTHER_DTYPE = 'same dtype|scalar type|should be the same'  # of a float32 network in a function that gets float64
 
 
 class UncutDerivative(TorchFunctionMode):
@@ -643,10 +647,7 @@ def property_of(net, name, default=None):
 
 
 def network_dtype(net):
-    """The dtype that a network computes in: that of its first weight in floating point; None without such weights.
-
-    Weights of one byte are storage: float8 and the integers of quantized layers are not what is computed in.
-    """
+    """The dtype that a network computes in: of its first floating-point weight of over a byte; None without one."""
     weights = net.parameters() if hasattr(net, 'parameters') else ()
     return next((each.dtype for each in weights if each.is_floating_point() and each.element_size() > 1), None)
 

@@ -16,7 +16,7 @@ import torch
 import sampler_2nd
 from sampling import edm
 
-ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
+ABLATION_OPTIONS = tuple(edm.CHOICES)
 LEVEL_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_min', 'S_max', 'S_noise')  # that all samplers take
 OPTIONS = (*LEVEL_OPTIONS, 'S_churn', 'eta', *ABLATION_OPTIONS)
 

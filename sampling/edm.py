@@ -102,33 +102,18 @@ def ablation_sampler(
     `discretization` 'vp', 've', 'iddpm' or 'edm', with σ(t) given by `schedule` 'vp', 've' or 'linear' and s(t) by
     `scaling` 'vp' or 'none'. Unset, sigma_min and sigma_max are those of the discretization's paper.
     """
-    _check_choice('solver', solver, ('euler', 'heun'))
-    _check_choice('schedule', schedule, ('vp', 've', 'linear'))
-    _check_choice('scaling', scaling, ('vp', 'none'))
-    sampler_2nd.check_noise_options(S_min, S_max, S_noise, alpha=alpha)
+    _check_choices(solver=solver, discretization=discretization, schedule=schedule, scaling=scaling)
+    sampler_2nd.check_noise_options(S_min, S_max, S_noise)
     sigma_min, sigma_max = _ablation_range(net, discretization, sigma_min, sigma_max, epsilon_s)
     vp = _matched_vp_curve(sigma_min, sigma_max, epsilon_s)
-    curve = {'vp': vp, 've': VE_CURVE, 'linear': LINEAR_CURVE}[schedule]
     sigmas = {
         'vp': lambda: [vp.sigma(1 + u * (epsilon_s - 1)) for u in _ramp(num_steps)],
         've': lambda: [sigma_max * (sigma_min / sigma_max) ** u for u in _ramp(num_steps)],
         'iddpm': lambda: _iddpm_levels(num_steps, sigma_min, sigma_max, C_1, C_2, M),
         'edm': lambda: sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)[:-1],
     }[discretization]()
-
-    def s(t):
-        return 1 / math.sqrt(1 + curve.sigma(t) ** 2) if scaling == 'vp' else 1.0
-
-    def s_deriv(t):
-        return -curve.sigma(t) * curve.sigma_deriv(t) * s(t) ** 3 if scaling == 'vp' else 0.0
-
-    denoise = sampler_2nd.Denoiser(net, class_labels)
-
-    def slope(x, t):
-        """(dx/dt, D)"""
-        sigma, sigma_deriv = curve.sigma(t), curve.sigma_deriv(t)
-        D = denoise(x / s(t), sigma)
-        return (sigma_deriv / sigma + s_deriv(t) / s(t)) * x - sigma_deriv * s(t) / sigma * D, D
+    curve = {'vp': vp, 've': VE_CURVE, 'linear': LINEAR_CURVE}[schedule]
+    s, slope = _scaled(curve, scaling == 'vp', sampler_2nd.Denoiser(net, class_labels))
 
     t_steps = [*(curve.sigma_inv(round_sigma(net, sigma)) for sigma in sigmas), 0.0]
     x = latents.to(sampler_2nd.state_dtype(latents.device)) * curve.sigma(t_steps[0]) * s(t_steps[0])
@@ -141,16 +126,37 @@ def ablation_sampler(
         added = math.sqrt(max(curve.sigma(t_hat) ** 2 - sigma_cur**2, 0))
         x_hat = s(t_hat) / s(t_cur) * x + added * s(t_hat) * S_noise * randn_like(x)
 
-        h = t_next - t_hat
-        d_cur, D = slope(x_hat, t_hat)
-        x = x_hat + h * d_cur
-        if solver == 'heun' and i < num_steps - 1:
-            d_prime, _ = slope(x_hat + alpha * h * d_cur, t_hat + alpha * h)
-            x = x_hat + h * ((1 - 1 / (2 * alpha)) * d_cur + 1 / (2 * alpha) * d_prime)
+        x, D = _ode_step(slope, x_hat, t_hat, t_next - t_hat, alpha if solver == 'heun' and t_next > 0 else None)
         sampler_2nd.check_finite(x, i, num_steps)
         if callback is not None:
             callback(i, x, D, sigma_cur)
     return x
+
+
+def _ode_step(slope, x, t, h, alpha):
+    """(x at t + h, D at t) by Euler's method, or with an `alpha` by Heun's: Karras et al. 2022, algorithm 3."""
+    d_cur, D = slope(x, t)
+    if alpha is None:
+        return x + h * d_cur, D
+    d_prime, _ = slope(x + alpha * h * d_cur, t + alpha * h)
+    return x + h * ((1 - 1 / (2 * alpha)) * d_cur + 1 / (2 * alpha) * d_prime), D
+
+
+def _scaled(curve, by_std, denoise):
+    """s(t), which `by_std` makes of it 1/√(1 + σ²), else 1; and the function (x, t) → (dx/dt, D)."""
+
+    def s(t):
+        return 1 / math.sqrt(1 + curve.sigma(t) ** 2) if by_std else 1.0
+
+    def s_deriv(t):
+        return -curve.sigma(t) * curve.sigma_deriv(t) * s(t) ** 3 if by_std else 0.0
+
+    def slope(x, t):
+        sigma, sigma_deriv = curve.sigma(t), curve.sigma_deriv(t)
+        D = denoise(x / s(t), sigma)
+        return (sigma_deriv / sigma + s_deriv(t) / s(t)) * x - sigma_deriv * s(t) / sigma * D, D
+
+    return s, slope
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,6 @@ def _ablation_range(net, discretization, sigma_min, sigma_max, epsilon_s) -> tup
     """The noise range asked for, or that of the paper, within what the network knows."""
     vp = vp_curve(beta_d=19.9, beta_min=0.1)
     defaults = {'vp': (vp.sigma(epsilon_s), vp.sigma(1)), 've': (0.02, 100), 'iddpm': (0.002, 81), 'edm': (0.002, 80)}
-    _check_choice('discretization', discretization, tuple(defaults))
     low, high = defaults[discretization]
     low = max(low if sigma_min is None else sigma_min, sampler_2nd.property_of(net, 'sigma_min', 0))
     high = min(high if sigma_max is None else sigma_max, sampler_2nd.property_of(net, 'sigma_max', math.inf))
@@ -218,6 +223,15 @@ def _iddpm_levels(num_steps, sigma_min, sigma_max, C_1, C_2, M) -> list[float]:
     return [kept[round(spacing * i)] for i in range(num_steps)]
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is not one of {", ".join(choices)}')
+CHOICES = {
+    'solver': ('euler', 'heun'),
+    'discretization': ('vp', 've', 'iddpm', 'edm'),
+    'schedule': ('vp', 've', 'linear'),
+    'scaling': ('vp', 'none'),
+}
+
+
+def _check_choices(**chosen):
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f'{name}={value!r} is not one of {", ".join(CHOICES[name])}')
