@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import foreign_edm
+import golden_edm2
 import numpy as np
 import PIL.Image
 import pytest
@@ -70,6 +71,17 @@ def test_adm_and_its_derivatives_are_those_of_the_cpu():
     net = make_net('EDMPrecond', model_type='DhariwalUNet', num_blocks=1)
     for expected, found in zip(evaluate(net, 0.5, 'cpu'), evaluate(net.cuda(), 0.5, 'cuda'), strict=True):
         assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', golden_edm2.CASES)
+def test_networks_of_edm2_have_their_numbers_in_both_precisions(name):
+    net = golden_edm2.network(name).cuda()
+    args = [None if each is None else each.cuda() for each in golden_edm2.inputs(net)]
+    expected = golden_edm2.CASES[name]['D']
+    golden_edm2.assert_matches(net(*args, force_fp32=True).cpu(), expected, absolute=1e-5, relative=1e-4)
+    golden_edm2.assert_matches(net(*args).cpu(), expected, absolute=3e-3, relative=3e-3)
+    assert torch.equal(net(*args), net(*args, force_fp32=True)) is not net.use_fp16
 
 
 @pytest.mark.parametrize('scheme', ['euler', 'taylor', 'rk'])

@@ -140,6 +140,13 @@ def test_a_snapshot_of_edm2_is_read_without_its_code(path, net, core, tmp_path, 
     assert not (tmp_path / 'mark').exists()
 
 
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+def test_arrays_beside_a_network(path, net, protocol):
+    with open(path, 'wb') as file:
+        pickle.dump({'encoder': {'scale': np.ones(4, np.float32)}, 'ema': net}, file, protocol)
+    assert type(network_io.load_network(path)) is Precond
+
+
 def test_the_published_text_is_known():
     assert network_io.origin(EDM2_SOURCE) == 'EDM2, training/networks_edm2.py'
 

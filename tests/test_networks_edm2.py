@@ -329,8 +329,8 @@ def test_gradients_are_orthogonal_to_the_weights():
     (D.square().sum() + logvar.sum()).backward()
     for name, weight in net.named_parameters():
         if weight.ndim > 1:
-            along = (weight * weight.grad).flatten(1).sum(dim=1).abs()
-            across = weight.flatten(1).norm(dim=1) * weight.grad.flatten(1).norm(dim=1)
+            row, slope = weight.detach().flatten(1), weight.grad.flatten(1)
+            along, across = (row * slope).sum(dim=1).abs(), row.norm(dim=1) * slope.norm(dim=1)
             assert float((along / across.clamp(min=1e-30)).max()) < 2 * EPS, name
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from torch_utils import safe_pickle
@@ -59,7 +60,7 @@ def read(data: bytes, unknown: Callable[[str, str], Callable[..., Any]] = refuse
     """
     budget = Budget(len(data))
     tree = safe_pickle.read_pickle(data, _table(budget), unknown, budget)
-    tree = safe_pickle.settle(tree, finish=lambda record: record, leaves=(torch.Tensor,))
+    tree = safe_pickle.settle(tree, finish=lambda record: record, leaves=(torch.Tensor, np.ndarray))
     entries = {}
     if isinstance(tree, dict):
         entries = {str(name): _describe(value) for name, value in tree.items() if name != 'ema'}
@@ -118,7 +119,7 @@ def _name(name: Any) -> str:
 
 def _table(budget: Budget) -> Table:
     return {
-        **safe_pickle.NUMPY_TABLE,  # an encoder's scales are arrays; they stay records
+        **safe_pickle.NUMPY_TABLE,  # an encoder's scales are arrays; up to protocol 4 they stay records
         ('torch_utils.persistence', '_reconstruct_persistent_obj'): _persistent_object,
         ('torch._utils', '_rebuild_parameter'): _parameter,
         ('torch._utils', '_rebuild_tensor_v2'): _tensor,
