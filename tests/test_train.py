@@ -90,6 +90,14 @@ def test_noise_distribution(data):
     assert log_sigma.std().item() == pytest.approx(0.1, abs=0.005)
 
 
+def test_label_dropout_reaches_the_network(data):
+    config, _ = dry_run(data, '--cond=1', '--label-dropout=0.25', *NETWORK)
+    net = dnnlib.util.construct_class_by_name(
+        **config['network_kwargs'], img_resolution=32, img_channels=1, label_dim=10
+    )
+    assert net.model.label_dropout == 0.25
+
+
 @pytest.mark.parametrize(
     ('options', 'name'),
     [
@@ -122,6 +130,7 @@ def test_run_directories_are_numbered_on(tmp_path):
         (['--cres=1,b'], '1,2,2,2'),
         (['--device=tpu'], '--device'),
         (['--precond=vp', '--P_mean=0'], '--P_mean and --P_std belong to --precond=edm, and --precond=vp was given'),
+        (['--label-dropout=0.1'], '--label-dropout needs labels: --cond=1'),
         (['--P_mean=nan'], 'not a finite number'),
         (['--P_std=0'], '--P_std'),
     ],
