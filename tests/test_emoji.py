@@ -51,6 +51,11 @@ def write_packages(folder, count, content):
     write_table(folder, entries)
 
 
+def picture_packages(folder):
+    """Real pictures of 32 emoji, two of which are held out."""
+    write_packages(folder, 32, lambda artist, i, file_format: picture(100 * artist + i, file_format=file_format))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Three artists' files of 180 emoji, all different."""
@@ -140,7 +145,7 @@ def test_damaged_table_is_refused(folder, table, message):
 
 
 def test_command_makes_both_sides(tmp_path):
-    write_packages(tmp_path, 32, lambda artist, i, file_format: picture(100 * artist + i, file_format=file_format))
+    picture_packages(tmp_path)
     for kind, count in [('emoji', 3 * 30), ('emoji-held-out', 3 * 2)]:
         dest = tmp_path / f'{kind}.zip'
         options = [f'--source={kind}:{tmp_path}', f'--dest={dest}', '--resolution=2x2', '--workers=1']
