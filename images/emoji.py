@@ -38,7 +38,7 @@ HELD_OUT = 10  # one emoji of so many
 
 class Emoji(NamedTuple):
     code: str  # code points, such as 1F44B-1F3FB
-    toned: list[str]  # the same in other skin tones
+    toned: list[str]  # the same in the other skin tones
     label: int
 
 
@@ -62,9 +62,11 @@ def pictures(folder: str, held_out: bool) -> list[Picture]:
     table = read_table(folder)
     for package, pattern in PACKAGES.items():
         for emoji in table:
-            path = choose_tone(os.path.join(folder, package, pattern), emoji, number(package + emoji.code))
-            if path is None:
+            names = [pattern.format(code.lower()) for code in [emoji.code, *emoji.toned]]
+            paths = list(filter(os.path.isfile, (os.path.join(folder, package, name) for name in names)))
+            if not paths:  # the artist left this emoji out
                 continue
+            path = paths[number(package + emoji.code) % len(paths)]
             with open(path, 'rb') as file:
                 content = hashlib.sha256(file.read()).digest()
             if content not in seen and is_held_out(emoji) == held_out:
@@ -97,13 +99,6 @@ def read_entry(entry: dict[str, Any]) -> Emoji:
         if not CODE_POINTS.fullmatch(code):  # it becomes the name of a file
             raise ValueError(f'{code!r} are no code points')
     return Emoji(codes[0], codes[1:], GROUPS.index(entry['category']))
-
-
-def choose_tone(pattern: str, emoji: Emoji, choice: int) -> str | None:
-    """The file of one of the skin tones there are, yellow among them; None if the artist left this emoji out."""
-    paths = [pattern.format(code.lower()) for code in [emoji.code, *emoji.toned]]
-    there = [path for path in paths if os.path.isfile(path)]
-    return there[choice % len(there)] if there else None
 
 
 def is_held_out(emoji: Emoji) -> bool:
