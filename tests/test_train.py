@@ -17,7 +17,7 @@ import dataset_tool
 import dnnlib
 import train
 from torch_utils import network_io
-from training import networks, run_state, training_loop
+from training import networks, run_options, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 NETWORK = ['--cbase=8', '--cres=1,1', '--num-blocks=1']
@@ -96,6 +96,7 @@ def test_label_dropout_reaches_the_network(data):
         **config['network_kwargs'], img_resolution=32, img_channels=1, label_dim=10
     )
     assert net.model.label_dropout == 0.25
+    assert run_options.compare(dry_run(data, '--cond=1', *NETWORK)[0], config)[0] == []  # a run may go on with it
 
 
 @pytest.mark.parametrize(
