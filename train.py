@@ -78,6 +78,8 @@ def make_config(opts: dnnlib.EasyDict, dataset: Any, state: str | None = None) -
     if opts.augment:
         network_kwargs['augment_dim'] = AUGMENT_DIM
     network_kwargs.update(dropout=opts.dropout, use_fp16=opts.fp16)
+    if opts.label_dropout:
+        network_kwargs['label_dropout'] = opts.label_dropout
 
     dataset_kwargs = {
         'class_name': 'training.dataset.ImageFolderDataset',
@@ -238,6 +240,7 @@ fraction = FiniteRange(min=0, max=1)
 @click.option('--lr-rampup',     help='Learning rate grows over', metavar='MIMG', type=FiniteRange(min=0), default=10)
 @click.option('--ema',           help='Half-life of the weight average', metavar='MIMG', type=FiniteRange(min=0), default=0.5)
 @click.option('--dropout',       help='Dropout probability', metavar='FLOAT', type=fraction, default=0.13)
+@click.option('--label-dropout', help='Probability of an image without its label', metavar='FLOAT', type=fraction, default=0)
 @click.option('--augment',       help='Augmentation probability, 0 = off', metavar='FLOAT', type=fraction, default=0.12)
 @click.option('--P_mean', 'P_mean', help='Mean of ln sigma in training, with --precond=edm  [default: -1.2]', metavar='FLOAT', type=FiniteRange(min=-10, max=10))
 @click.option('--P_std', 'P_std', help='Its standard deviation, with --precond=edm  [default: 1.2]', metavar='FLOAT', type=FiniteRange(min=0, max=10, min_open=True))
@@ -320,6 +323,8 @@ def _check_options(opts: dnnlib.EasyDict) -> None:
         raise click.ClickException(
             f'--P_mean and --P_std belong to --precond=edm, and --precond={opts.precond} was given'
         )
+    if opts.label_dropout and not opts.cond:
+        raise click.ClickException('--label-dropout needs labels: --cond=1')
     if opts.desc and not re.fullmatch(r'[\w.+=,-]{1,100}', opts.desc):
         raise click.ClickException(f'--desc={opts.desc!r}: letters, digits and ._+=,- only, at most 100 of them')
 

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from docs_commands import ROOT
 from image_files import png, write
+from test_emoji import picture_packages
 from test_raw_images import python_2_batch, write_cifar, write_idx, write_lmdb
 
 import dataset_tool
@@ -71,6 +72,7 @@ DATASETS = {
     'ffhq-64x64': '--source=downloads/ffhq/images1024x1024 --resolution=64x64',
     'afhqv2-64x64': '--source=downloads/afhqv2 --resolution=64x64',
     'imagenet-64x64': f'--source={IMAGENET} --resolution=64x64 --transform=center-crop',
+    'emoji-32x32': '--source=emoji:downloads/node_modules --resolution=32x32',
     'photos-32x32': '--source=downloads/photos --resolution=32x32 --transform=center-crop',
     'my-dataset': '--source=downloads/photos --resolution=32x32 --transform=center-crop',
 }
@@ -162,6 +164,7 @@ def write_raw_images(downloads):
     }
     write(downloads.parent / IMAGENET, photos)
     write(downloads / 'photos', {f'{i}.jpg': jpeg(picture(i, 100 + 7 * i, 90)) for i in range(20)})
+    picture_packages(downloads / 'node_modules')
     write_lmdb(downloads / 'lsun/church_outdoor_train_lmdb', [np.asarray(picture(i, 96, 80)) for i in range(6)], [])
     digits = rng.integers(0, 256, [20, 28, 28], dtype=np.uint8)
     write_idx(downloads / 'mnist/train-images-idx3-ubyte.gz', digits, [i % 10 for i in range(20)])

@@ -223,7 +223,7 @@ def options_of_programs() -> set[str]:
 def test_options_exist(page):
     """Each option that a page names is one of our programs, or of the tools named here."""
     of_others = {'--standalone', '--nproc_per_node', '--nnodes', '--rdzv_backend', '--rdzv_endpoint', '--rdzv_id'}
-    of_others |= {'--no-deps', '--help'}
+    of_others |= {'--no-deps', '--help', '--prefix'}
     code = '\n'.join(
         [body for _, body in FENCE.findall(read(page))] + INDENTED.findall(read(page)) + INLINE.findall(read(page))
     )

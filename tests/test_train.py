@@ -17,7 +17,7 @@ import dataset_tool
 import dnnlib
 import train
 from torch_utils import network_io
-from training import networks, run_state, training_loop
+from training import networks, run_options, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 NETWORK = ['--cbase=8', '--cres=1,1', '--num-blocks=1']
@@ -90,6 +90,15 @@ def test_noise_distribution(data):
     assert log_sigma.std().item() == pytest.approx(0.1, abs=0.005)
 
 
+def test_label_dropout_reaches_the_network(data):
+    config, _ = dry_run(data, '--cond=1', '--label-dropout=0.25', *NETWORK)
+    net = dnnlib.util.construct_class_by_name(
+        **config['network_kwargs'], img_resolution=32, img_channels=1, label_dim=10
+    )
+    assert net.model.label_dropout == 0.25
+    assert run_options.compare(dry_run(data, '--cond=1', *NETWORK)[0], config)[0] == []  # a run may go on with it
+
+
 @pytest.mark.parametrize(
     ('options', 'name'),
     [
@@ -122,6 +131,7 @@ def test_run_directories_are_numbered_on(tmp_path):
         (['--cres=1,b'], '1,2,2,2'),
         (['--device=tpu'], '--device'),
         (['--precond=vp', '--P_mean=0'], '--P_mean and --P_std belong to --precond=edm, and --precond=vp was given'),
+        (['--label-dropout=0.1'], '--label-dropout needs labels: --cond=1'),
         (['--P_mean=nan'], 'not a finite number'),
         (['--P_std=0'], '--P_std'),
     ],

