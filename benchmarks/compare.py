@@ -41,10 +41,10 @@ from benchmarks import peers, plots, report
 from benchmarks.clock import clock_for
 from benchmarks.record import Record
 from images import pictures
+from images.tree import FileTree
 from metrics import measure
 from sampling import draw, networks
 from torch_utils import distributed as dist
-from training.file_tree import FileTree
 
 # ----------------------------------------------------------------------------
 # Samplers: name → function of (num_steps, rho and the sampler's noise option), which returns what

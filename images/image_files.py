@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from training.file_tree import DAMAGED, FileTree, open_image
+from images.tree import DAMAGED, FileTree, channels_first, open_image
 
 
 class ImageFiles:
@@ -44,7 +44,7 @@ class ImageFiles:
             pixels = np.asarray(image)
         except DAMAGED as err:
             return position, None, f'cannot use {self.name(position)}: {err}'
-        return position, pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), ''
+        return position, channels_first(pixels), ''
 
 
 def holds_images(path: str) -> bool:

@@ -19,8 +19,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from torch_utils.safe_pickle import load_numpy
-from training.file_tree import DAMAGED, FileTree
+from dnnlib.safe_pickle import load_numpy
+from images.tree import DAMAGED, FileTree
 
 Label = int | list[float] | None
 
