@@ -1,26 +1,20 @@
 """Turn raw images into a dataset: a zip archive or folder of square PNG images with labels in `dataset.json`."""
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import os
-import shutil
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import tqdm
 
 import dnnlib
-from dnnlib import settings
 from dnnlib.options import Resolution
-from training.convert_images import (
+from images.convert import (
     TRANSFORMS,
     Converted,
     Kind,
@@ -28,40 +22,20 @@ from training.convert_images import (
     Transform,
     convert,
     in_order,
-    kind_of_png,
     num_cores,
     resize,
     validate_image,
 )
-from training.file_tree import DAMAGED, FileTree
-from training.raw_images import SOURCES, Label, Sample, Samples, image_files, open_source
+from images.sources import SOURCES, Sample, Samples, image_files, open_source
+from images.summary import Summary
+from images.tree import DAMAGED, FileTree
+from images.write import NOWHERE, Writer, file_name, folder_writer, zip_writer
 
-# A source (training/raw_images.py) yields images, worker processes make a PNG of each (training/convert_images.py), a
-# check compares it with the first one, and a writer stores it, in the order of the source.
+# A source (images/sources.py) yields images, worker processes make a PNG of each (images/convert.py), a check compares
+# it with the first one, and a writer (images/write.py) stores it, in the order of the source.
 
 MAX_LISTED = 20  # broken images that are named one by one
 tqdm.tqdm.monitor_interval = 0  # no thread, as processes may be forked
-
-
-class Writer(NamedTuple):
-    put: Callable[[str, bytes], None]
-    finished: Callable[[str], Kind | None]  # the image that an earlier run left under this name
-
-
-@dataclasses.dataclass
-class Report:
-    """What a run has seen and made."""
-
-    start: float = dataclasses.field(default_factory=time.monotonic)
-    kind: Kind | None = None  # of the first image; all must be like it
-    labels: dict[int, Label] = dataclasses.field(default_factory=dict)  # of the images that went in, by index
-    num_read: int = 0
-    num_resumed: int = 0
-    num_small: int = 0
-    num_broken: int = 0
-    num_rotated: int = 0
-    sizes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    modes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 def write_dataset(
@@ -71,13 +45,13 @@ def write_dataset(
     workers: int,
     any_size: bool,
     skip_broken: bool,
-) -> Report:
+) -> Summary:
     """Put the images one by one, then `dataset.json`. Labels are all or none: one missing makes them null.
 
     An image that is left out, because it is too small or broken, leaves a gap in the numbering.
     """
     count, items = samples
-    report = Report()
+    summary = Summary()
     workers = min(workers, 1 + count // 32)  # less is not worth the start of a process
     todo = (((idx, sample), read(sample, writer.finished(file_name(idx)))) for idx, sample in enumerate(items))
     with (
@@ -85,29 +59,25 @@ def write_dataset(
         tqdm.tqdm(results, total=count, unit='img', smoothing=0.05) as progress,
     ):
         for (idx, sample), result in progress:
-            problem = result.problem or (check(result.kind, report.kind, any_size) if result.kind else '')
-            note(report, result, problem)
+            problem = result.problem or (check(result.kind, summary.kind, any_size) if result.kind else '')
+            summary.count(result, problem)
             if problem:
                 line = dnnlib.util.printable(f'{sample.name}: {problem}')
                 if not skip_broken:
                     raise click.ClickException(f'{line}; --skip-broken leaves such images out')
-                if report.num_broken <= MAX_LISTED:
+                if summary.num_broken <= MAX_LISTED:
                     progress.write(f'Broken: {line}', file=sys.stderr)
             elif result.kind:
                 if result.png:
                     writer.put(file_name(idx), result.png)
-                report.kind = report.kind or result.kind
-                report.labels[idx] = sample.label
-    if not report.labels:
-        raise click.ClickException(f'no image is left: {report.num_small} too small, {report.num_broken} broken')
-    complete = all(label is not None for label in report.labels.values())
-    labels = [(file_name(idx), label) for idx, label in report.labels.items()] if complete else None
+                summary.kind = summary.kind or result.kind
+                summary.labels[idx] = sample.label
+    if not summary.labels:
+        raise click.ClickException(f'no image is left: {summary.num_small} too small, {summary.num_broken} broken')
+    complete = all(label is not None for label in summary.labels.values())
+    labels = [(file_name(idx), label) for idx, label in summary.labels.items()] if complete else None
     writer.put('dataset.json', json.dumps({'labels': labels}).encode())
-    return report
-
-
-def file_name(idx: int) -> str:
-    return f'{idx // 1000:05d}/img{idx:08d}.png'
+    return summary
 
 
 def read(sample: Sample, finished: Kind | None) -> Raw:
@@ -133,73 +103,6 @@ def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
     return ''
 
 
-# Writers: context managers that give a `Writer`. The dataset appears at the end, whole, or not at all.
-
-
-@contextlib.contextmanager
-def zip_writer(dest: str) -> Iterator[Writer]:
-    """A stored zip archive. The same files give the same bytes."""
-    path = os.path.realpath(dest)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with dnnlib.util.atomic_write(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
-        yield Writer(lambda name, data: archive.writestr(dnnlib.util.zip_entry(name), data), lambda name: None)
-
-
-@contextlib.contextmanager
-def folder_writer(dest: str, options: dict[str, Any], resume: bool) -> Iterator[Writer]:
-    """A folder, new or in place of an empty one.
-
-    Until it is complete it lies in DEST.partial/images, with the options that it depends on beside it. A run that stops
-    leaves that, and one with `resume` and the same options takes it up.
-    """
-    final = os.path.realpath(dest)
-    partial = f'{final}.partial'
-    images, record = os.path.join(partial, 'images'), os.path.join(partial, 'options.json')
-    if not os.path.isdir(partial):
-        os.makedirs(partial)
-        settings.save(record, options)
-    elif not resume:
-        raise click.ClickException(f'{partial} holds an unfinished run: continue it with --resume, or delete it')
-    elif differing := difference(record, options):
-        raise click.ClickException(f'{partial} was begun with {differing}: use the same, or delete it')
-    os.makedirs(images, exist_ok=True)
-
-    def put(name: str, data: bytes) -> None:
-        path = os.path.join(images, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'wb') as file:
-            file.write(data)
-
-    def finished(name: str) -> Kind | None:
-        try:
-            with open(os.path.join(images, name), 'rb') as file:
-                return kind_of_png(file.read())
-        except FileNotFoundError:
-            return None
-
-    try:
-        yield Writer(put, finished)
-    except BaseException:
-        if os.listdir(images):
-            click.echo(f'What is done so far is kept in {partial}; --resume continues it', err=True)
-        else:
-            shutil.rmtree(partial)
-        raise
-    if os.path.isdir(final):
-        os.rmdir(final)
-    os.replace(images, final)
-    shutil.rmtree(partial)
-
-
-def difference(record: str, options: dict[str, Any]) -> str:
-    """The options of the earlier run that differ from these, as text; '' if none does."""
-    try:
-        before = settings.read(record)
-    except (OSError, ValueError):
-        return 'options that are not known'
-    return ', '.join(f'{each.name}={each.before}' for each in settings.differences(before, options))
-
-
 def check_dest(dest: str, resume: bool) -> None:
     """Whether --dest can become a dataset: an archive if it ends in .zip, else a folder."""
     advice = 'give a new or empty folder, or a name that ends in .zip'
@@ -220,53 +123,6 @@ def check_dest(dest: str, resume: bool) -> None:
         problem = ' is a mount point; give a folder inside it'
     if problem:
         raise click.ClickException(f'--dest={dest}{problem}')
-
-
-# Reports.
-
-
-def note(report: Report, result: Converted, problem: str) -> None:
-    """Count one image."""
-    report.num_read += 1
-    report.num_broken += bool(problem)
-    report.num_small += not problem and result.kind is None
-    report.num_resumed += not problem and result.kind is not None and not result.png
-    report.num_rotated += result.rotated
-    if result.raw:
-        report.sizes[f'{result.raw.width}x{result.raw.height}'] += 1
-        report.modes[result.raw.mode] += 1
-
-
-def summary(report: Report) -> str:
-    seconds = time.monotonic() - report.start
-    lines = {
-        'read': f'{report.num_read} images in {seconds:.1f} s, {report.num_read / seconds:.0f} per second',
-        'sizes': most_common(report.sizes),
-        'modes': most_common(report.modes),
-        'resumed': f'{report.num_resumed} were there already' if report.num_resumed else '',
-        'rotated': f'{report.num_rotated} by EXIF, which is not applied' if report.num_rotated else '',
-        'too small': f'{report.num_small} left out' if report.num_small else '',
-        'broken': f'{report.num_broken} left out' if report.num_broken else '',
-        'result': f'{len(report.labels)} images, {report.kind}',
-        'labels': describe_labels(list(report.labels.values())),
-    }
-    return '\n'.join(f'{name:<10} {text}' for name, text in lines.items() if text)
-
-
-def most_common(counter: collections.Counter[str], n: int = 4) -> str:
-    parts = [f'{text} ({count})' for text, count in counter.most_common(n)]
-    return ', '.join(parts + ([f'and {len(counter) - n} more'] if len(counter) > n else []))
-
-
-def describe_labels(labels: list[Label]) -> str:
-    missing = sum(label is None for label in labels)
-    if missing:
-        return 'none' if missing == len(labels) else f'none, as {missing} images have no label'
-    if isinstance(labels[0], list):
-        return f'vectors of length {len(labels[0])}'
-    sizes = collections.Counter(labels).values()
-    each = f'{min(sizes)} images each' if min(sizes) == max(sizes) else f'{min(sizes)} to {max(sizes)} images'
-    return f'{len(sizes)} classes with {each}'
 
 
 # Command line.
@@ -321,19 +177,18 @@ def make(
     record = {'source': source, 'images': samples[0], 'transform': transform, 'resolution': size}
     replaces = os.path.exists(dest) and dest.endswith('.zip')
     with zip_writer(dest) if dest.endswith('.zip') else folder_writer(dest, record, resume) as writer:
-        report = write_dataset(samples, convert_image, writer, **options)
-    click.echo(summary(report))
+        summary = write_dataset(samples, convert_image, writer, **options)
+    click.echo(summary)
     if replaces:
         click.echo(f'Replaced {dest}')
 
 
 def look(samples: Samples, convert_image: Callable[[Raw], Converted], skip_broken: bool, **options: Any) -> None:
     """Convert all images, write none."""
-    nowhere = Writer(lambda name, data: None, lambda name: None)
-    report = write_dataset(samples, convert_image, nowhere, skip_broken=True, **options)
-    click.echo(summary(report))
-    if report.num_broken and not skip_broken:
-        raise click.ClickException(f'{report.num_broken} images are broken; --skip-broken would leave them out')
+    summary = write_dataset(samples, convert_image, NOWHERE, skip_broken=True, **options)
+    click.echo(summary)
+    if summary.num_broken and not skip_broken:
+        raise click.ClickException(f'{summary.num_broken} images are broken; --skip-broken would leave them out')
 
 
 def validate(path: str, workers: int) -> None:

@@ -41,10 +41,11 @@ from benchmarks import peers, plots, report
 from benchmarks.clock import clock_for
 from benchmarks.record import Record
 from images import pictures
+from images.image_files import ImageFiles, holds_images
+from images.tree import FileTree
 from metrics import measure
 from sampling import draw, networks
 from torch_utils import distributed as dist
-from training.file_tree import FileTree
 
 # ----------------------------------------------------------------------------
 # Samplers: name → function of (num_steps, rho and the sampler's noise option), which returns what
@@ -201,7 +202,8 @@ class Judge:
     @cached_property
     def _opened(self) -> tuple[Any, Any]:
         keep = measure.needs_features(self.metrics)
-        reference, detector = fid.open_reference(self._ref, self._detector, self._device, keep=keep)
+        real = ImageFiles([self._ref]) if holds_images(self._ref) else None
+        reference, detector = fid.open_reference(self._ref, self._detector, self._device, real, keep=keep)
         measure.check_comparable(detector, reference, self.metrics)
         return reference, detector
 
@@ -525,7 +527,7 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
 def check_ref(ref: str) -> None:
     """Raise ValueError where a file or folder cannot be a reference. What is on a server is not asked for yet."""
     try:
-        if fid.holds_images(ref):
+        if holds_images(ref):
             FileTree(ref).image_names()
         elif not dnnlib.util.is_remote(ref):
             measure.read_reference(ref)

@@ -17,6 +17,7 @@ import numpy as np
 
 import dnnlib
 from images import files
+from images.write import file_name
 
 
 class Archive(abc.ABC):
@@ -100,10 +101,10 @@ class ZipArchive(Archive):
 
     def _read_png(self, row: int) -> bytes:
         with zipfile.ZipFile(self.path) as archive:
-            return archive.read(_dataset_name(row))
+            return archive.read(file_name(row))
 
     def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None:
-        names = [_dataset_name(row) for row in range(len(seeds))]
+        names = [file_name(row) for row in range(len(seeds))]
         labels = None if classes is None else list(zip(names, classes, strict=True))
         with zipfile.ZipFile(file, 'w') as archive:
             for name, seed in zip(names, seeds, strict=True):
@@ -152,7 +153,3 @@ class NpzArchive(Archive):
                 if numbers is not None:
                     with archive.open(dnnlib.util.zip_entry(f'{name}.npy'), 'w', force_zip64=True) as entry:
                         np.lib.format.write_array(entry, np.array(numbers, dtype=np.int64))
-
-
-def _dataset_name(row: int) -> str:
-    return f'{row // 1000:05d}/img{row:08d}.png'

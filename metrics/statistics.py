@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import dnnlib
+from dnnlib import safe_pickle
 from torch_utils import distributed as dist
-from torch_utils import safe_pickle
 
 INCEPTION = 'inception-2015-12-05'  # what files without a note of their detector were made with
 

@@ -22,7 +22,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from torch_utils import network_io, persistence, safe_pickle
+from dnnlib import safe_pickle
+from torch_utils import network_io, persistence
 from training import networks
 
 TINY = {'model_type': 'SongUNet', 'model_channels': 4, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
@@ -108,7 +109,7 @@ numpy.random._pickle.__randomstate_ctor tensorflow.io.write_file keras.models.lo
 nltk.data.load pandas.read_pickle scipy.io.loadmat yaml.load yaml.unsafe_load copy_reg._reconstructor
 copyreg._reconstructor copyreg.__newobj__ copyreg.add_extension weakref.finalize contextlib.ExitStack.callback
 torch_utils.persistence.module_from_source torch_utils.persistence.import_hook torch_utils.network_io.load_network
-torch_utils.safe_pickle.load_numpy dnnlib.util.open_url dnnlib.util.call_func_by_name
+dnnlib.safe_pickle.load_numpy dnnlib.util.open_url dnnlib.util.call_func_by_name
 dnnlib.util.construct_class_by_name dnnlib.util.get_obj_by_name
 """
 

@@ -15,8 +15,8 @@ import torch
 from click.testing import CliRunner
 from docs_commands import ROOT
 from image_files import png, write
-from test_emoji import picture_packages
-from test_raw_images import python_2_batch, write_cifar, write_idx, write_lmdb
+from test_images_emoji import picture_packages
+from test_images_sources import python_2_batch, write_cifar, write_idx, write_lmdb
 
 import dataset_tool
 from sampling.networks import SHIPPED_NETWORK

@@ -1,9 +1,18 @@
-"""Image files for tests: encoding one, and laying many out as a folder or an archive."""
+"""Images for tests: noise, encoding one, and laying many out as a folder or an archive."""
 
 import io
 import zipfile
 
+import numpy as np
 import PIL.Image
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def lanczos(image, width, height):
+    return np.array(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
 
 
 def png(image):

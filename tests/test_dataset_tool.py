@@ -18,12 +18,10 @@ import click.testing
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from image_files import png, write
+from image_files import lanczos, noise, png, write
 
 import dataset_tool
-from training import convert_images, raw_images
+from images.convert import PNG_START, png_chunk
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent
@@ -51,10 +49,6 @@ def convert(source, dest, **options):
     result = run(source=source, dest=dest, **options)
     assert result.exit_code == 0, result.output
     return ImageFolderDataset(dest, use_labels=True)
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def dataset_json(labels):
@@ -236,17 +230,6 @@ def test_labels_from_top_level_folders(tmp_path, names, expected, json_labels):
     assert not convert(write(tmp_path / 'in.zip', files), tmp_path / 'out2.zip').has_labels
 
 
-@given(st.lists(st.integers(0, 5), max_size=50))
-def test_classes_take_turns(labels):
-    order = raw_images.take_turns(labels)
-    assert sorted(order) == list(range(len(labels)))
-    for label in set(labels):
-        own = [i for i in order if labels[i] == label]
-        assert own == sorted(own)
-    rounds = [[labels[:i].count(labels[i]), labels[i]] for i in order]
-    assert rounds == sorted(rounds)
-
-
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK'])
 def test_modes_become_gray_or_rgb(tmp_path, mode):
     image = PIL.Image.fromarray(noise(4, 4, 3)).convert(mode)
@@ -261,57 +244,11 @@ def test_modes_become_gray_or_rgb(tmp_path, mode):
 # Transforms
 
 
-def lanczos(image, width, height):
-    return np.array(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.LANCZOS))
-
-
 @pytest.mark.parametrize('resolution', ['8x8', '8,8'])
 def test_without_crop_the_image_is_stretched(source, tmp_path, resolution):
     image = noise(20, 30)
     dataset = convert(write(source, {'0.png': png(image)}), tmp_path / 'out', resolution=resolution)
     assert np.array_equal(images_of(dataset)[0], lanczos(image, 8, 8))
-
-
-def transform(name, image, *size):
-    return np.asarray(convert_images.TRANSFORMS[name](PIL.Image.fromarray(image), *size))
-
-
-def test_right_size_is_not_resampled():
-    image = PIL.Image.fromarray(noise(8, 8))
-    assert convert_images.resize(image, 8, 8) is image
-
-
-def test_center_crop_takes_the_square_in_the_middle():
-    image = noise(8, 13, 3)
-    assert np.array_equal(transform('center-crop', image, 8, 8), image[:, 2:10])
-    image = image.transpose(1, 0, 2)
-    assert np.array_equal(transform('center-crop', image, 4, 4), lanczos(image[2:10], 4, 4))
-
-
-def test_center_crop_turns_gray_into_rgb():
-    image = noise(8, 8)
-    assert np.array_equal(transform('center-crop', image, 8, 8), np.stack([image] * 3, axis=2))
-
-
-def test_center_crop_wide_has_black_bars():
-    image = noise(6, 8, 3) | 1
-    result = transform('center-crop-wide', image, 8, 4)
-    assert result.shape == (8, 8, 3)
-    assert np.array_equal(result[2:6], lanczos(image, 8, 4))
-    assert not result[:2].any()
-    assert not result[6:].any()
-
-
-def test_center_crop_wide_takes_the_rows_in_the_middle():
-    image = noise(12, 16)
-    result = transform('center-crop-wide', image, 8, 4)  # 8·12/16 = 6 rows
-    assert np.array_equal(result[2:6, :, 0], lanczos(image[3:9], 8, 4))
-
-
-@pytest.mark.parametrize(('height', 'width', 'kept'), [(6, 8, True), (6, 7, False), (3, 8, False), (6, 16, False)])
-def test_center_crop_wide_skips_small_images(height, width, kept):
-    image = PIL.Image.fromarray(noise(height, width))
-    assert (convert_images.center_crop_wide(image, 8, 4) is not None) == kept
 
 
 def test_skipped_images_leave_a_gap(tmp_path):
@@ -606,11 +543,11 @@ def test_images_that_came_or_went_are_noticed(photos, tmp_path):
 @pytest.mark.skipif(os.name != 'posix', reason='sends signals')
 def test_a_killed_worker_is_an_error_not_a_hang(photos, tmp_path):
     code = [
-        'from training import convert_images',
+        'from images import convert',
         'def die(function, raws):',
         '    os.kill(os.getpid(), signal.SIGKILL)',
         'import multiprocessing; multiprocessing.set_start_method("fork")',
-        'convert_images.run_chunk = die',
+        'convert.run_chunk = die',
     ]
     done = run_script(*code, source=photos, dest=tmp_path / 'x.zip', workers=2)
     assert done.returncode == 1
@@ -653,7 +590,7 @@ def bomb():
     """A PNG of 20000×20000 pixels in some bytes."""
     header = struct.pack('>IIBBBBB', 20000, 20000, 8, 0, 0, 0, 0)
     chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(bytes(20001))), (b'IEND', b'')]
-    return convert_images.PNG_START + b''.join(convert_images.png_chunk(*chunk) for chunk in chunks)
+    return PNG_START + b''.join(png_chunk(*chunk) for chunk in chunks)
 
 
 GOOD = png(noise(32, 32, 3))
@@ -757,23 +694,6 @@ def test_rotation_by_exif_is_counted_not_applied(tmp_path):
     result = run(source=tmp_path / 'in', dest=tmp_path / 'x.zip')
     assert 'rotated    1 by EXIF, which is not applied' in result.output
     assert np.array_equal(*images_of(ImageFolderDataset(tmp_path / 'x.zip')))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# PNG
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([(), (3,)]), st.integers(0, 2**32 - 1))
-def test_png_is_what_pillow_reads(height, width, channels, seed):
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
-    data = convert_images.encode_png(image)
-    decoded = PIL.Image.open(io.BytesIO(data))
-    assert np.array_equal(np.asarray(decoded), image)
-    assert convert_images.kind_of_png(data) == (width, height, decoded.mode)
-    assert convert_images.kind_of_png(data[:-1]) is None
-    by_pillow = io.BytesIO()
-    PIL.Image.fromarray(image).save(by_pillow, format='png', compress_level=0)
-    assert abs(len(data) - len(by_pillow.getvalue())) <= 16
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ NOT_RUN = {
     r'python benchmarks/digits\.py .*': 'fits a classifier; tests/test_digits.py runs it without',
     r'python benchmarks/where_strokes_break\.py': '4 minutes; tests/test_where_strokes_break.py runs its part',
     r'git show .*': 'reads the history, which a shallow clone lacks',
-    r'python tests/attacks\.py': 'tests/test_safe_pickle.py and tests/test_network_io.py assert what it prints',
+    r'python tests/attacks\.py': 'tests/test_dnnlib_safe_pickle.py and tests/test_network_io.py assert what it prints',
     r'python tests/fuzz/fuzz_network_io\.py .*': 'needs atheris, a compiled package that the tests do not ask for',
 }
 

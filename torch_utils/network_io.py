@@ -31,9 +31,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dnnlib
+from dnnlib import safe_pickle
 from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
-from torch_utils import network_pickle, persistence, safe_pickle
+from torch_utils import network_pickle, persistence
 from torch_utils.network_pickle import StoredNetwork
 
 # A file has the name of a class and its source text, but no module. So a name stands for one class here; whether the

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from torch_utils import safe_pickle
-from torch_utils.safe_pickle import Budget, Reader, Record, SafePickleError, Table, expect
+from dnnlib import safe_pickle
+from dnnlib.safe_pickle import Budget, Reader, Record, SafePickleError, Table, expect
 
 FORMAT_VERSION = 6
 MAX_DIMENSIONS = 16

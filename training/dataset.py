@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from training.file_tree import DAMAGED, FileTree, label_array, open_image
+from images.tree import DAMAGED, FileTree, channels_first, label_array, open_image
 
 try:
     import pyspng
@@ -191,7 +191,7 @@ class ImageFolderDataset(Dataset):
             raise OSError(
                 f'{self._files.path}: {name} has {channels} channels, not 1 or 3; dataset_tool.py converts it'
             )
-        return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)
+        return channels_first(image)
 
 
 def choose_subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:

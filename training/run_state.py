@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import dnnlib
+from images.tree import DAMAGED
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io
-from training.file_tree import DAMAGED
 
 STATE_NAME = re.compile(r'training-state-(\d+)\.pt')
 

@@ -34,7 +34,8 @@ OPTIONS = ['-timeout=2', '-rss_limit_mb=1024', '-max_len=32768', '-len_control=0
 
 
 def read_all(data):
-    from torch_utils import network_io, safe_pickle
+    from dnnlib import safe_pickle
+    from torch_utils import network_io
 
     with audit.watched():
         with contextlib.suppress(ValueError):
@@ -133,9 +134,10 @@ def fuzz(corpus, options):
     import atheris
 
     with atheris.instrument_imports(
-        include=['torch_utils.safe_pickle', 'torch_utils.network_pickle', 'torch_utils.network_io']
+        include=['dnnlib.safe_pickle', 'torch_utils.network_pickle', 'torch_utils.network_io']
     ):
-        from torch_utils import network_io, network_pickle, safe_pickle  # noqa: F401
+        from dnnlib import safe_pickle  # noqa: F401
+        from torch_utils import network_io, network_pickle  # noqa: F401
     for data in seeds():  # everything that is imported on first use
         read_all_unwatched(data)
     atheris.Setup([sys.argv[0], *OPTIONS, *options, corpus], read_all, custom_mutator=mutate)
@@ -143,7 +145,8 @@ def fuzz(corpus, options):
 
 
 def read_all_unwatched(data):
-    from torch_utils import network_io, safe_pickle
+    from dnnlib import safe_pickle
+    from torch_utils import network_io
 
     for read in (
         lambda: network_io.build(network_io.read_network(data)),

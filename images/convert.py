@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 
-from training.file_tree import DAMAGED, open_image
+from images.tree import DAMAGED, open_image
 
 Item = TypeVar('Item')
 Transform = Callable[[PIL.Image.Image, int, int], PIL.Image.Image | None]

@@ -1,7 +1,4 @@
-"""The files of a dataset: what a folder or zip archive holds, its images, and the labels in `dataset.json`.
-
-Nothing here needs PyTorch, so dataset_tool.py and its worker processes start quickly.
-"""
+"""The files of a dataset: what a folder or zip archive holds, its images, and the labels in `dataset.json`."""
 
 import io
 import json
@@ -129,6 +126,11 @@ def open_image(data: bytes) -> PIL.Image.Image:
             raise ValueError('it is not an image, or of a format that is not supported') from None
         image.load()
     return image
+
+
+def channels_first(pixels: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, C] → [1 or C, H, W], a view."""
+    return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def label_array(labels: list[Any]) -> np.ndarray:

@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from dnnlib.safe_pickle import load_numpy
 from images import emoji
-from torch_utils.safe_pickle import load_numpy
-from training.file_tree import DAMAGED, FileTree
+from images.tree import DAMAGED, FileTree
 
 Label = int | list[float] | None
 

@@ -13,8 +13,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from torch_utils import safe_pickle
-from torch_utils.safe_pickle import SafePickleError
+from dnnlib import safe_pickle
+from dnnlib.safe_pickle import SafePickleError
 
 VECTORS = attacks.attacks()
 NAMES = [(kind, name) for kind, vectors in VECTORS.items() for name in vectors]

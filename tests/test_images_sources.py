@@ -15,24 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import png, write
+from hypothesis import given
+from hypothesis import strategies as st
+from image_files import noise, png, write
 
-from training import raw_images
-from training.file_tree import open_image
+from images import sources
+from images.tree import open_image
 
 
 def everything(source, max_images=None):
     """(images as a list of arrays, labels) of a source."""
-    count, samples = raw_images.open_source(str(source), max_images)
+    count, samples = sources.open_source(str(source), max_images)
     samples = list(samples)
     assert len(samples) == count
     raws = [sample.read() for sample in samples]
     images = [np.asarray(open_image(raw)) if isinstance(raw, bytes) else raw for raw in raws]
     return images, [sample.label for sample in samples]
-
-
-def noise(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def assert_refused(source, message):
@@ -272,7 +270,7 @@ def test_lmdb_that_is_none(tmp_path):
 def test_lmdb_is_read_in_the_order_of_its_keys_and_left_alone(tmp_path):
     path = write_lmdb(tmp_path / 'church_outdoor_train_lmdb', noise(5, 8, 8, 3), None)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    count, samples = raw_images.open_source(f'{path}/', None)
+    count, samples = sources.open_source(f'{path}/', None)
     assert [sample.name for sample in itertools.islice(samples, 3)] == ['000000', '000001', '000002']
     assert count == 5
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
@@ -282,3 +280,14 @@ def test_lmdb_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lmdb', None)
     (tmp_path / 'church_lmdb').mkdir()
     assert_refused(tmp_path / 'church_lmdb', r'needs lmdb: pip install -e "\.\[data\]"')
+
+
+@given(st.lists(st.integers(0, 5), max_size=50))
+def test_classes_take_turns(labels):
+    order = sources.take_turns(labels)
+    assert sorted(order) == list(range(len(labels)))
+    for label in set(labels):
+        own = [i for i in order if labels[i] == label]
+        assert own == sorted(own)
+    rounds = [[labels[:i].count(labels[i]), labels[i]] for i in order]
+    assert rounds == sorted(rounds)
