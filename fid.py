@@ -1,108 +1,25 @@
 """Distances between sets of images: Fréchet distance (FID), KID, precision and recall, sliced Wasserstein."""
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dnnlib
 from dnnlib import settings
+from images.image_files import ImageFiles, holds_images
 from metrics import measure
 from metrics.detectors import Detector, load_detector
+from metrics.image_features import DEFAULT_WORKERS, features_of, open_reference, say
 from metrics.measure import FeatureSet, Numbers
-from metrics.statistics import INCEPTION, Reference, write_reference
+from metrics.statistics import INCEPTION, write_reference
 from torch_utils import distributed as dist
-from torch_utils import misc
+from torch_utils.errors import one_line_errors
 from training.dataset import choose_subset
-from training.file_tree import DAMAGED, FileTree, open_image
-
-DEFAULT_WORKERS = min(3, os.cpu_count() or 1)
-
-
-def features_of(
-    files: 'ImageFiles',
-    chosen: np.ndarray,
-    detector: Detector,
-    device: torch.device,
-    keep: bool,
-    batch: int = 64,
-    skip_broken: bool = False,
-    workers: int = DEFAULT_WORKERS,
-    title: str = 'Images',
-) -> FeatureSet:
-    """Pass the chosen images through the detector, each once, spread over all processes."""
-    result = FeatureSet(detector, device, keep)
-    world = dist.get_world_size()
-    num_batches = ((len(chosen) - 1) // (batch * world) + 1) * world
-    mine = np.array_split(chosen, num_batches)[dist.get_rank() :: world]
-    loader = torch.utils.data.DataLoader(
-        files,
-        batch_sampler=[part.tolist() for part in mine],
-        collate_fn=list,  # images may differ in size, which is an error of its own
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )
-    broken = 0
-    for items in tqdm(loader, unit='batch', desc=f'{title}: {len(chosen)}', disable=dist.get_rank() != 0):
-        good = [(position, image) for position, image, problem in items if not problem]
-        for _, _, problem in items:
-            if problem and not skip_broken:
-                raise click.ClickException(f'{problem}; --skip-broken leaves such images out')
-        broken += len(items) - len(good)
-        if good:
-            result.add([position for position, _ in good], torch.from_numpy(np.stack([image for _, image in good])))
-    result.finish()
-    broken = sum(dist.all_gather_object(broken))
-    if broken:
-        say(f'{broken} images left out, as they could not be used')
-    return result
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """The images of folders (with subfolders) and zip archives: in the order given, by name within each.
-
-    An item is (position, uint8 [1 or 3, H, W], ''), or (position, None, what is wrong with it).
-    """
-
-    def __init__(self, paths: Iterable[str]):
-        self._trees = [FileTree(path) for path in paths]
-        self._names = [(tree, name) for tree in range(len(self._trees)) for name in self._trees[tree].image_names()]
-        self._shape = next(
-            (image.shape for _, image, _ in map(self._decode, range(len(self))) if image is not None), ()
-        )
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, position: int) -> tuple[int, np.ndarray | None, str]:
-        _, image, problem = self._decode(position)
-        if image is not None and image.shape != self._shape:
-            problem = f'{self.name(position)} has the shape {list(image.shape)}, others {list(self._shape)}'
-        return position, None if problem else image, problem
-
-    def name(self, position: int) -> str:
-        tree, name = self._names[position]
-        return os.path.join(self._trees[tree].path, name)
-
-    def _decode(self, position: int) -> tuple[int, np.ndarray | None, str]:
-        tree, name = self._names[position]
-        try:
-            image = open_image(self._trees[tree].read(name))
-            if image.mode not in ('L', 'RGB'):
-                alpha = 'an alpha channel' if image.has_transparency_data else f'pixels of the kind {image.mode}'
-                raise ValueError(f'it has {alpha}; 8-bit grayscale or RGB is needed (dataset_tool.py converts)')
-            pixels = np.asarray(image)
-        except DAMAGED as err:
-            return position, None, f'cannot use {self.name(position)}: {err}'
-        return position, pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), ''
 
 
 def choose_images(files: ImageFiles, num: int, seed: int, ranges: int) -> list[np.ndarray]:
@@ -122,24 +39,6 @@ def choose_images(files: ImageFiles, num: int, seed: int, ranges: int) -> list[n
     return [np.arange(i * num, (i + 1) * num) for i in range(ranges)]
 
 
-def holds_images(ref: str) -> bool:
-    """Whether --ref is the real images themselves, not statistics of them."""
-    return os.path.isdir(ref) or ref.lower().endswith('.zip')
-
-
-def open_reference(ref: str, detector: str | None, device: torch.device, **options: Any) -> tuple[Reference, Detector]:
-    """The reference behind --ref, statistics or the real images themselves, and the detector to compare with."""
-    if holds_images(ref):
-        loaded = load_detector(detector or INCEPTION, device)
-        files = ImageFiles([ref])
-        say(f'{ref} is measured anew in each run; `fid.py ref` keeps its statistics')
-        measured = features_of(files, np.arange(len(files)), loaded, device, title='Reference images', **options)
-        reference = measured.reference()
-        reference.name = ref
-        return reference, loaded
-    return measure.open_statistics(ref, detector, device)
-
-
 def cached_features(path: str, note: dict[str, Any], detector: Detector, device: torch.device) -> FeatureSet:
     """The features in a file that an earlier run wrote."""
     with np.load(path, allow_pickle=False) as archive:
@@ -153,24 +52,6 @@ def cached_features(path: str, note: dict[str, Any], detector: Detector, device:
     cached.restore(features)
     say(f'Using the features in {path}')
     return cached
-
-
-def say(text: str) -> None:
-    """For people, not for programs: numbers alone go to stdout."""
-    dist.print0(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a file, an option or a lack of memory brings about into one line and an exit status."""
-    try:
-        yield
-    except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
-    except (RuntimeError, MemoryError) as err:
-        if not misc.is_out_of_memory(err):
-            raise
-        raise click.ClickException(f'out of memory: {dnnlib.util.one_line(err, 200)}; lower --batch') from None
 
 
 def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:
@@ -278,7 +159,8 @@ def calc(
         kept = features is not None and os.path.exists(features)
         files = None if kept else ImageFiles(images)
         chosen = [] if files is None else choose_images(files, num, seed, ranges)  # before the reference takes its time
-        reference, detector = open_reference(ref, detector, device, keep=keep, **reading)
+        real = ImageFiles([ref]) if holds_images(ref) else None
+        reference, detector = open_reference(ref, detector, device, real, keep=keep, **reading)
         measure.check_comparable(detector, reference, names, force)
         note = {'detector': detector.name, 'weights_sha256': detector.weights_sha256, 'resize': detector.resize}
         note |= {'images': list(images), 'num': num, 'seed': seed}

@@ -29,7 +29,7 @@ from sampling import choose, draw, edm, networks
 from sampling.output import FORMATS, FirstImages, Output
 from sampling.progress import progress_bar
 from torch_utils import distributed as dist
-from torch_utils import misc
+from torch_utils.errors import out_of_memory_line
 from torch_utils.interrupts import Interrupts
 
 # What version 0.1 defined here, for those who import it; it goes with version 0.3.
@@ -188,14 +188,12 @@ def explain(err: Exception, opts: dnnlib.EasyDict) -> str | None:
     """One line on what ended a run; None for an error that only its traceback explains."""
     if opts.compile_net and isinstance(err, torch._dynamo.exc.BackendCompilerFailed):
         return f'--compile: {dnnlib.util.one_line(err.inner_exception)}'
-    if misc.is_out_of_memory(err):
-        return f'out of memory: {dnnlib.util.one_line(err, 200)}; lower --batch'
     if isinstance(err, RuntimeError) and dist.lost_peer(err):
         return (
             f'rank {dist.get_rank()} lost contact with another process of this run, which has ended or is '
             'unreachable; see what that one says. The images drawn are safe: the same command continues'
         )
-    return None
+    return out_of_memory_line(err)
 
 
 def stopped_line(opts: dnnlib.EasyDict, signal_name: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from metrics import measure
 from metrics.detectors import Detector
+from metrics.image_features import Images, open_reference
 from metrics.statistics import Reference
 
 
@@ -27,14 +28,23 @@ class Judge:
     Args:
         metrics: names of `measure.METRICS`.
         ref, detector: as for fid.py.
+        real: the real images, where `ref` is a folder or zip archive of them.
     """
 
-    def __init__(self, metrics: Sequence[str], ref: str, detector: str | None, device: torch.device):
-        self.metrics, self._ref, self._detector, self._device = metrics, ref, detector, device
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        ref: str,
+        detector: str | None,
+        device: torch.device,
+        real: Images | None = None,
+    ):
+        self.metrics, self._ref, self._detector, self._device, self._real = metrics, ref, detector, device, real
 
     @cached_property
     def _opened(self) -> tuple[Reference, Detector]:
-        reference, detector = measure.open_statistics(self._ref, self._detector, self._device)
+        keep = measure.needs_features(self.metrics)
+        reference, detector = open_reference(self._ref, self._detector, self._device, self._real, keep=keep)
         measure.check_comparable(detector, reference, self.metrics)
         return reference, detector
 
