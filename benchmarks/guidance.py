@@ -23,7 +23,7 @@ from benchmarks import orders
 
 GUIDANCE = (1, 1.5, 2, 3)
 SCHEMES = {
-    'edm heun': 0.0,
+    'heun': 0.0,
     'euler': 1.0,
     'taylor': 1.0,
     'rk': 1.0,
@@ -124,7 +124,7 @@ def convergence(pair, guidance, path, schemes=SCHEMES, steps=STEPS, fine=1024):
         for scheme in schemes:
             eta = SCHEMES[scheme]
             if eta not in solutions:
-                best = 'rk + drift' if eta else 'edm heun'
+                best = 'rk + drift' if eta else 'heun'
                 solutions[eta] = [orders.solve(best, pair, path, n, eta) for n in (fine, fine // 2)]
             solution, coarser = solutions[eta]
             states = [orders.solve(scheme, pair, path, n, eta) for n in steps]
@@ -163,12 +163,12 @@ def gaussian_errors(scheme, guidance, steps=GAUSSIAN_STEPS):
     with guided_problem('gaussian', guidance):
         for n in steps:
             columns = torch.eye(2 * n + 1, dtype=torch.float64)[..., None]
-            x = orders.solve(scheme, 'gaussian', Columns(columns), n, eta=1.0)
+            x = orders.solve(scheme, 'gaussian', PathOfColumns(columns), n, eta=1.0)
             errors.append(abs(float(x.square().sum()) - guided_variance(guidance)))
     return orders.fit(steps, errors, [1e-13] * len(steps))
 
 
-class Columns:
+class PathOfColumns:
     """Independent normals in the place of an `orders.Path`."""
 
     def __init__(self, columns):
