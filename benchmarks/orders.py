@@ -163,11 +163,12 @@ def taylor_without_laplacian(denoise, x, past, sigma, sigma_next, kappa, noise):
     return math.exp(-a * h) * x - math.expm1(-a * h) * D + N + correction, D
 
 
+RK, TAYLOR = sampler_2nd.SCHEMES['rk'], sampler_2nd.SCHEMES['taylor']
 ABLATIONS = {
-    'rk, pair (ΔB, hΔB/2)': rk_increment_only,
-    'rk, node at 1/2': rk_node_at_one_half,
-    'rk, node with κ_m = κ': rk_node_with_kappa,
-    'taylor, no Laplacian': taylor_without_laplacian,
+    'rk, pair (ΔB, hΔB/2)': RK._replace(step=rk_increment_only),
+    'rk, node at 1/2': RK._replace(step=rk_node_at_one_half),
+    'rk, node with κ_m = κ': RK._replace(step=rk_node_with_kappa),
+    'taylor, no Laplacian': TAYLOR._replace(step=taylor_without_laplacian),
 }
 
 # ----------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def solve(scheme, problem, path, steps, eta=1.0, S_max=math.inf):
     net = PROBLEMS[problem]
     if scheme in ODE_SAMPLERS:
         return before_last_step(ODE_SAMPLERS[scheme], net, path.latents, steps, randn_like=torch.zeros_like)
-    normals = path.normals(steps, eta**2, time_integral=scheme.startswith('rk'))
+    normals = path.normals(steps, eta**2, time_integral=(sampler_2nd.SCHEMES | ABLATIONS)[scheme].time_integral)
     if scheme == 'euler':
         normals = normals[::2]
     draws = iter(normals)

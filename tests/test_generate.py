@@ -13,19 +13,19 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import click
-import foreign_edm
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from denoisers import reference_draws
 from generate_here import run
 
 import dnnlib
 import generate
 import sampler_2nd
-from dnnlib import options
-from sampling import draw, edm
-from training import networks
+from sampling import choose, draw, edm
+from sampling.networks import set_precision
+from training.networks import EDMPrecond, Linear
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -33,22 +33,6 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / 'tests' / 'data' / 'edm_samplers.json').read_text())
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
 DISCRETIZATIONS = ['vp', 've', 'iddpm', 'edm']
-
-
-@pytest.fixture(scope='session')
-def network_files(tmp_path_factory):
-    """Snapshots of small random networks: digits (3 classes), grey (no classes), rgb (1000 classes)."""
-    folder = tmp_path_factory.mktemp('networks')
-    for name, channels, label_dim in [('digits', 1, 3), ('grey', 1, 0), ('rgb', 3, 1000)]:
-        net = networks.EDMPrecond(8, channels, label_dim=label_dim, **SONG)
-        net = foreign_edm.randomize(net, seed=0).eval().requires_grad_(False)
-        (folder / f'{name}.pkl').write_bytes(pickle.dumps({'ema': net}))
-    return folder
-
-
-@pytest.fixture(scope='session')
-def digits(network_files):
-    return networks.open_network(str(network_files / 'digits.pkl'), torch.device('cpu'))
 
 
 def run_ok(*args):
@@ -65,243 +49,6 @@ def pictures(folder):
 
 def file_bytes(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-# ----------------------------------------------------------------------------
-# EDM's numbers.
-
-
-class GaussianDenoiser:
-    """The exact denoiser of Gaussian images with standard deviation ½, which writes down the noise levels it sees."""
-
-    sigma_min, sigma_max = 0, math.inf
-
-    def __init__(self, levels=None):
-        self.levels = levels
-        self.sigma_calls = []
-
-    def __call__(self, x, sigma, class_labels=None):
-        self.sigma_calls.append(float(sigma))
-        return x * 0.25 / (0.25 + sigma**2)
-
-    def round_sigma(self, sigma):
-        if self.levels is None:
-            return sigma
-        return self.levels[(sigma.reshape(-1, 1) - self.levels).abs().argmin(1)].reshape(sigma.shape)
-
-
-LATENTS = torch.tensor([0.3, -1.2, 0.8, 2.0]).reshape(1, 1, 2, 2)
-
-
-def constant_noise(x):
-    return torch.full_like(x, 0.5)
-
-
-@pytest.mark.parametrize('name', ['edm_sampler', 'ablation_sampler'])
-def test_golden_samples_and_noise_levels(name):
-    for case in GOLDEN[f'{name}_gaussian_denoiser']:
-        net = GaussianDenoiser()
-        out = getattr(generate, name)(net, LATENTS, randn_like=constant_noise, **case['kwargs'])
-        assert out.dtype == torch.float64
-        assert net.sigma_calls == pytest.approx(case['sigma_calls'], rel=1e-9), case['kwargs']
-        difference = out.flatten() - torch.tensor(case['out'], dtype=torch.float64)
-        # In EDM, and so here, what rounding makes of σ⁻¹(σ(t)) passes for noise. A processor that rounds otherwise than
-        # the one that made these numbers has other levels, in their last digit, and other noise of this kind.
-        exact = net.sigma_calls == case['sigma_calls'] or case['kwargs'].get('schedule', 'linear') == 'linear'
-        tolerance = 1e-9 if exact else 1e-7
-        assert (difference / out.flatten()).abs().max() < tolerance, case['kwargs']
-
-
-def test_golden_counts_of_cases():
-    assert [len(GOLDEN[f'{name}_gaussian_denoiser']) for name in ('edm_sampler', 'ablation_sampler')] == [3, 26]
-
-
-def test_ablation_sampler_with_default_choices_is_the_edm_sampler():
-    kwargs = {'num_steps': 7, 'S_churn': 4, 'S_min': 0.05, 'S_max': 50, 'S_noise': 1.003, 'rho': 5}
-    results = [
-        sampler(GaussianDenoiser(), LATENTS, randn_like=constant_noise, **kwargs)
-        for sampler in (edm.edm_sampler, edm.ablation_sampler)
-    ]
-    assert torch.allclose(*results, rtol=1e-12, atol=0)
-
-
-def test_edm_sampler_starts_from_images_and_needs_no_noise_levels_of_the_network():
-    """The ODE of N(0, s²) takes x at σ to x s/√(s² + σ²). `net` is a plain function."""
-    s, level = 0.5, 3.0
-    images = torch.linspace(-1, 1, LATENTS[0].numel()).reshape(LATENTS[0].shape).expand_as(LATENTS)
-    start = {'num_steps': 200, 'sigma_max': level, 'init': images}
-    found = edm.edm_sampler(lambda x, sigma, labels: x * s**2 / (s**2 + sigma**2), LATENTS, **start)
-    assert torch.allclose(found, (images + level * LATENTS.double()) * s / math.hypot(s, level), rtol=2e-4)
-
-
-def test_improved_ddpm_levels_are_spaced_as_edm_spaces_them():
-    """Halfway between two levels, (L − 1)·(i/(n − 1)) and ((L − 1)/(n − 1))·i round to different ones for n = 29."""
-    levels = generate._iddpm_levels(1000, 0, math.inf, 0.001, 0.008, 999)
-    assert len(set(levels)) == 1000
-    for num_steps in (2, 29, 57, 113, 400):
-        found = generate._iddpm_levels(num_steps, 0, math.inf, 0.001, 0.008, 999)
-        steps = torch.arange(num_steps, dtype=torch.float64)
-        expected = ((len(levels) - 1) / (num_steps - 1) * steps).round().to(torch.int64)
-        assert found == [levels[j] for j in expected]
-
-
-def test_golden_random_numbers():
-    golden = GOLDEN['stacked_generator_cpu']
-    rnd = draw.StackedRandomGenerator('cpu', golden['seeds'])
-    latents = rnd.randn([3, 3, 8, 8])
-    assert latents.dtype == torch.float32
-    np.testing.assert_allclose(latents.flatten(1)[:, :3], golden['randn_f32_[3,8,8]_first3'], atol=1e-7, rtol=0)
-    assert rnd.randint(10, size=[3]).tolist() == golden['then_randint10']
-    noise = rnd.randn_like(latents.double())
-    assert noise.dtype == torch.float64
-    np.testing.assert_allclose(noise.flatten(1)[:, :3], golden['then_randn_like_f64_first3'], atol=1e-7, rtol=0)
-
-
-def test_seeds_wrap_at_32_bits_and_rows_are_counted():
-    rnd = draw.StackedRandomGenerator('cpu', [5, 2**32 + 5])
-    a, b = rnd.randn([2, 4])
-    assert torch.equal(a, b)
-    with pytest.raises(ValueError, match='3 rows asked of 2'):
-        rnd.randn([3, 4])
-
-
-@pytest.mark.parametrize(
-    ('text', 'expected'),
-    [
-        *GOLDEN['parse_int_list'].items(),
-        ('7', [7]),
-        ('3,1,2', [3, 1, 2]),
-        ('2,2', [2, 2]),
-        ('4-4', [4]),
-        (' 1, 3-5 ', [1, 3, 4, 5]),
-        ('007', [7]),
-        ([4, 2], [4, 2]),
-    ],
-)
-def test_parse_int_list(text, expected):
-    assert options.parse_int_list(text) == expected
-
-
-@pytest.mark.parametrize(
-    'text', ['a', '5-3', '', '1,,2', '-1', '1-', '1.5', '0x10', '1-2-3', '²', '٣', '1 2', ',', '1,']
-)
-def test_parse_int_list_refuses(text):
-    with pytest.raises(ValueError, match=r'neither a number nor a range|runs backwards'):
-        options.parse_int_list(text)
-
-
-@pytest.mark.parametrize('kwargs', [{}, *({'discretization': name} for name in DISCRETIZATIONS)])
-@pytest.mark.parametrize('S_churn', [0, 40])
-def test_one_step_is_the_denoised_image(kwargs, S_churn):
-    sampler = edm.ablation_sampler if kwargs else edm.edm_sampler
-    net = GaussianDenoiser()
-    out = sampler(net, LATENTS, randn_like=constant_noise, num_steps=1, S_churn=S_churn, **kwargs)
-    assert len(net.sigma_calls) == 1
-    assert torch.isfinite(out).all()
-    if not S_churn:
-        sigma = net.sigma_calls[0]
-        assert torch.allclose(out, LATENTS.double() * sigma * 0.25 / (0.25 + sigma**2), rtol=1e-9)
-
-
-@pytest.mark.parametrize('sampler', [edm.edm_sampler, edm.ablation_sampler])
-def test_rounded_noise_levels_give_no_nan(sampler):
-    class RoundsDown(GaussianDenoiser):
-        """What it is asked twice, it has rounded twice: t̂ comes out below t."""
-
-        def round_sigma(self, sigma):
-            return sigma * 0.99
-
-    coarse = GaussianDenoiser(levels=torch.tensor([80, 20, 5, 1, 0.3, 0.1, 0.02], dtype=torch.float64))
-    for net in (RoundsDown(), coarse):
-        for S_churn in (0, 2, 40):
-            out = sampler(net, LATENTS, randn_like=constant_noise, num_steps=12, S_churn=S_churn, sigma_min=0.02)
-            assert torch.isfinite(out).all()
-
-
-@pytest.mark.parametrize('sampler', [edm.edm_sampler, edm.ablation_sampler])
-def test_iddpm_network_gives_no_nan(sampler):
-    adm = {'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}
-    net = foreign_edm.randomize(networks.iDDPMPrecond(8, 1, **adm), seed=0).eval()
-    counted = sampler_2nd.CountCalls(net)
-    out = sampler(counted, torch.randn(1, 1, 8, 8), num_steps=6, S_churn=40)
-    assert torch.isfinite(out).all()
-    assert counted.calls == 11
-
-
-def test_ablation_sampler_names_what_it_does_not_know():
-    for name in ('solver', 'discretization', 'schedule', 'scaling'):
-        with pytest.raises(ValueError, match=f"{name}='none-such' is not one of"):
-            edm.ablation_sampler(GaussianDenoiser(), LATENTS, **{name: 'none-such'})
-
-
-# ----------------------------------------------------------------------------
-# Random draws.
-
-
-def reference_draws(seed, shape, label_dim, num_noises):
-    """What EDM draws for a seed: latent, class where there are classes, and one normal in float64 per step."""
-    g = torch.Generator().manual_seed(seed)
-    latent = torch.randn(shape, generator=g, dtype=torch.float32)
-    class_idx = int(torch.randint(label_dim, [], generator=g)) if label_dim else None
-    return latent, class_idx, [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(num_noises)]
-
-
-@pytest.mark.parametrize('label_dim', [0, 3])
-@pytest.mark.parametrize('S_churn', [0, 40])
-def test_db_draws_are_those_of_edm(label_dim, S_churn):
-    class Net(GaussianDenoiser):
-        img_channels, img_resolution = 1, 4
-
-    net = Net()
-    net.label_dim = label_dim
-    drawn = []
-
-    def sampler(net, latents, labels, randn_like):
-        def spy(x):
-            drawn.append(randn_like(x))
-            return drawn[-1]
-
-        drawn.extend([latents, labels])
-        return edm.edm_sampler(net, latents, labels, spy, num_steps=18, S_churn=S_churn)
-
-    list(draw.generate_images(net, [[7, 9]], sampler, torch.device('cpu')))
-    latents, labels, *noises = drawn
-    assert len(noises) == 18
-    assert latents.dtype == torch.float32
-    assert all(noise.dtype == torch.float64 for noise in noises)
-    for row, seed in enumerate([7, 9]):
-        latent, class_idx, expected = reference_draws(seed, [1, 4, 4], label_dim, 18)
-        assert torch.equal(latents[row], latent)
-        assert labels is None if class_idx is None else labels[row].tolist() == torch.eye(3)[class_idx].tolist()
-        assert all(torch.equal(noise[row], value) for noise, value in zip(noises, expected, strict=True))
-
-
-def test_class_option_replaces_the_class_and_keeps_the_noise(digits):
-    seen = []
-
-    def sampler(net, latents, labels, randn_like):
-        seen.append((latents, labels, randn_like(latents)))
-        return latents
-
-    for class_idx in (None, 2):
-        list(draw.generate_images(digits, [[0, 1, 2, 3]], sampler, torch.device('cpu'), class_idx))
-    assert torch.equal(seen[0][0], seen[1][0])
-    assert torch.equal(seen[0][2], seen[1][2])
-    assert seen[1][1].tolist() == [[0, 0, 1]] * 4
-    assert seen[0][1].argmax(1).tolist() == [reference_draws(s, [1, 8, 8], 3, 0)[1] for s in range(4)]
-
-
-def test_to_uint8_truncates_as_edm_does():
-    values = [-9, -1, -0.999, -0.5, 0, 0.5, 0.99, 0.996, 1, 9]
-    images = torch.tensor(values, dtype=torch.float64).reshape(1, 1, 2, 5)
-    assert draw.to_uint8(images).flatten().tolist() == [0, 0, 0, 64, 128, 191, 254, 254, 255, 255]
-    assert draw.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
-
-
-def test_batches_are_few_and_nearly_equal():
-    assert draw.split_seeds(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
-    assert draw.split_seeds([5, 5, 1], 64) == [[5, 5, 1]]
-    assert draw.split_seeds([10**25], 64) == [[10**25]]
 
 
 # ----------------------------------------------------------------------------
@@ -357,9 +104,8 @@ def sampler_arguments(monkeypatch):
 
         return record
 
-    monkeypatch.setattr(sampler_2nd, 'ito_taylor_sampler', recorder('ddb'))
-    monkeypatch.setattr(generate, 'edm_sampler', recorder('edm'))
-    monkeypatch.setattr(generate, 'ablation_sampler', recorder('ablation'))
+    for name, row in choose.SAMPLERS.items():
+        monkeypatch.setitem(choose.SAMPLERS, name, row._replace(function=recorder(name)))
     return calls
 
 
@@ -370,17 +116,16 @@ def options_of(calls):
 @pytest.mark.parametrize('batch', [None, 1, 20])
 def test_default_values(network_files, tmp_path, monkeypatch, sampler_arguments, batch):
     """All options have defaults but --outdir. `work_done` has nothing to count for a sampler without calls."""
-    monkeypatch.setattr(generate, 'SHIPPED_NETWORK', 'unused')
     network = next(param for param in generate.main.params if param.name == 'network_pkl')
     monkeypatch.setattr(network, 'default', str(network_files / 'grey.pkl'))
     run_ok(f'--outdir={tmp_path}', *([] if batch is None else [f'--batch={batch}']))
     assert list(pictures(tmp_path)) == [f'{seed:06d}.png' for seed in range(64)]
-    assert options_of(sampler_arguments) == [('edm', {'num_steps': 18})] * {None: 1, 1: 64, 20: 4}[batch]
+    assert options_of(sampler_arguments) == [('heun', {'num_steps': 18})] * {None: 1, 1: 64, 20: 4}[batch]
 
 
 @pytest.mark.parametrize('name', ['edm_sampler', 'ablation_sampler'])
 def test_defaults_of_the_samplers_are_those_of_edm(name):
-    defaults = {key: p.default for key, p in inspect.signature(getattr(generate, name)).parameters.items()}
+    defaults = {key: p.default for key, p in inspect.signature(getattr(edm, name)).parameters.items()}
     expected = {'class_labels': None, 'randn_like': torch.randn_like, 'num_steps': 18, 'rho': 7, 'callback': None}
     expected |= {'S_churn': 0, 'S_min': 0, 'S_max': math.inf, 'S_noise': 1}
     if name == 'edm_sampler':
@@ -404,18 +149,22 @@ COMMON_ARGS = [f'--{name}={value}' for name, value in COMMON.items()]
 @pytest.mark.parametrize(
     ('args', 'sampler', 'expected'),
     [
-        ([], 'edm', {}),
-        (['--S_churn=40'], 'edm', {'S_churn': 40}),
-        (['--randn_like=db', '--S_noise=-1', '--S_max=inf'], 'edm', {'S_noise': -1, 'S_max': math.inf}),
+        ([], 'heun', {}),
+        (['--S_churn=40'], 'heun', {'S_churn': 40}),
+        (['--sampler=heun', '--S_churn=40'], 'heun', {'S_churn': 40}),
+        (['--randn_like=db', '--S_noise=-1', '--S_max=inf'], 'heun', {'S_noise': -1, 'S_max': math.inf}),
         (['--solver=euler'], 'ablation', {'solver': 'euler'}),
+        (['--sampler=heun', '--solver=euler'], 'ablation', {'solver': 'euler'}),
+        (['--sampler=ablation'], 'ablation', {}),
         (['--disc=vp', '--S_churn=3'], 'ablation', {'discretization': 'vp', 'S_churn': 3}),
         (['--schedule=ve'], 'ablation', {'schedule': 've'}),
         (['--scaling=none'], 'ablation', {'scaling': 'none'}),
-        (['--randn_like=ddb'], 'ddb', {}),
-        (['--randn_like=ddb', '--scheme=taylor', '--eta=0.5'], 'ddb', {'scheme': 'taylor', 'eta': 0.5}),
-        (['--randn_like=ddb', '--scheme=rk', '--eta=0', '--S_max=9'], 'ddb', {'scheme': 'rk', 'eta': 0, 'S_max': 9}),
-        (['--randn_like=ddb', '--eta=0'], 'ddb', {'eta': 0}),
-        (['--randn_like=ddb', '--scheme=rk'], 'ddb', {'scheme': 'rk'}),
+        (['--sampler=taylor'], 'taylor', {}),
+        (['--randn_like=ddb'], 'taylor', {}),
+        (['--randn_like=ddb', '--scheme=taylor', '--eta=0.5'], 'taylor', {'eta': 0.5}),
+        (['--randn_like=ddb', '--scheme=rk', '--eta=0', '--S_max=9'], 'rk', {'eta': 0, 'S_max': 9}),
+        (['--sampler=rk', '--eta=0', '--S_max=9'], 'rk', {'eta': 0, 'S_max': 9}),
+        (['--sampler=euler', '--eta=0'], 'euler', {'eta': 0}),
     ],
 )
 def test_options_reach_the_sampler(network_files, tmp_path, sampler_arguments, args, sampler, expected):
@@ -585,9 +334,9 @@ def assert_refused(outcome, outdir, *words):
         (['--format=jpg'], ['--format', 'npz', 'zip']),
         (['--format=npz', f'--seeds={2**63}'], ['--seeds', '2^63']),
         (['--format=zip', '--subdirs'], ['--subdirs', '--format=zip']),
-        (['--grid=grid.gif'], ['--grid=grid.gif', '.png']),
-        (['--trajectory=strip.jpg'], ['--trajectory=strip.jpg', '.gif']),
-        (['--grid={files}/rgb.pkl/grid.png'], ['--grid={files}/rgb.pkl/grid.png: cannot make the folder']),
+        (['--grid=grid.gif'], ['--grid', 'grid.gif: the name ends in .png']),
+        (['--trajectory=strip.jpg'], ['--trajectory', 'strip.jpg: the name ends in .png or .gif']),
+        (['--grid={files}/rgb.pkl/grid.png'], ['--grid', '{files}/rgb.pkl/grid.png: cannot make the folder']),
         (['--network={files}/grey.pkl', '--class=0'], ['--class=0', 'unconditional']),
         (['--seeds=a'], ['--seeds', "'a'"]),
         (['--seeds=5-3'], ['--seeds', "'5-3'"]),
@@ -613,17 +362,20 @@ def assert_refused(outcome, outdir, *words):
         (['--randn_like=dddb'], ['--randn_like', 'dddb']),
         (['--randn_like=ddb', '--S_churn=1'], ['--S_churn', '--eta']),
         (['--randn_like=ddb', '--S_churn=0'], ['--S_churn', '--eta']),
-        (['--randn_like=ddb', '--solver=heun'], ['--solver', '--scheme']),
-        (['--randn_like=ddb', '--disc=edm'], ['--disc', '--scheme']),
-        (['--randn_like=ddb', '--schedule=linear'], ['--schedule', '--scheme']),
-        (['--randn_like=ddb', '--scaling=none'], ['--scaling', '--scheme']),
+        (['--randn_like=ddb', '--solver=heun'], ['--solver is for ablation', '--sampler=taylor']),
+        (['--sampler=rk', '--disc=edm'], ['--disc is for ablation', '--sampler=rk']),
+        (['--sampler=euler', '--schedule=linear'], ['--schedule is for ablation', '--sampler=euler']),
+        (['--randn_like=ddb', '--scaling=none'], ['--scaling is for ablation']),
         (['--randn_like=ddb', '--eta=-1'], ['--eta']),
         (['--randn_like=ddb', '--eta=inf'], ['--eta']),
-        (['--randn_like=ddb', '--scheme=rk', '--eta=1.8'], ['rk', 'eta', '1.8', 'taylor']),
-        (['--scheme=taylor'], ['--scheme', '--randn_like=ddb']),
-        (['--randn_like=ddb', '--compile'], ['--compile', '--scheme=rk']),
+        (['--randn_like=ddb', '--scheme=rk', '--eta=1.8'], ["scheme='rk' needs an eta below 1.732, and this is 1.8"]),
+        (['--scheme=taylor'], ['--scheme=taylor belongs to --randn_like=ddb; --sampler=taylor says both']),
+        (['--sampler=rk', '--scheme=rk'], ['--scheme=rk is another spelling of --sampler']),
+        (['--sampler=heun', '--randn_like=db'], ['--randn_like=db is another spelling of --sampler']),
+        (['--sampler=db'], ['--sampler', 'heun', 'taylor', 'rk']),
+        (['--randn_like=ddb', '--compile'], ['--compile does nothing for --sampler=taylor', '--sampler=rk']),
         (['--dtype=fp8'], ['--dtype', 'fp16']),
-        (['--eta=1'], ['--eta', '--randn_like=ddb', '--S_churn']),
+        (['--eta=1'], ['--eta is for rk, taylor, euler', '--sampler=heun', '--S_churn']),
         (['--device=tpu'], ['--device', 'tpu']),
         (['--network={files}/none.pkl'], ['--network={files}/none.pkl: no such file; {files} has ']),
         (['--network={files}'], ['--network={files} is a folder, not a network file; it has ']),
@@ -664,7 +416,7 @@ class Unknown(torch.nn.Module):
         (pickle.dumps({}), ["'ema'", 'none']),
         (pickle.dumps({'ema': Unknown()}), ['Unknown', '--trust-pickle']),
         (pickle.dumps({'ema': torch.nn.Linear(2, 2)}), ['torch.nn.modules.linear.Linear', '--trust-pickle']),
-        (pickle.dumps({'ema': networks.Linear(2, 2)}), ["'Linear'", 'EDMPrecond', '--trust-pickle']),
+        (pickle.dumps({'ema': Linear(2, 2)}), ["'Linear'", 'EDMPrecond', '--trust-pickle']),
     ],
     ids=['empty', 'png', 'zip', 'list', 'no ema', 'nothing', 'unknown class', 'a layer of torch', 'a layer of ours'],
 )
@@ -780,10 +532,10 @@ def test_lower_precision_moves_the_images_little(network_files, tmp_path, mode):
     ('dtype', 'expected'), [('fp32', torch.float32), ('fp16', torch.float16), ('bf16', torch.bfloat16)]
 )
 def test_precision_overrides_that_of_the_file(capsys, dtype, expected):
-    net = networks.EDMPrecond(8, 1, use_fp16=True, **SONG).requires_grad_(False)
+    net = EDMPrecond(8, 1, use_fp16=True, **SONG).requires_grad_(False)
     seen = []
     net.model.map_layer0.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    networks.set_precision(net, torch.device('cpu'), dtype)
+    set_precision(net, torch.device('cpu'), dtype)
     assert net(torch.zeros(1, 1, 8, 8), torch.ones(1)).dtype == torch.float32
     assert (net.use_fp16, seen) == (False, [expected])
     assert ('Warning' in capsys.readouterr().out) == (dtype != 'fp32')
@@ -791,7 +543,7 @@ def test_precision_overrides_that_of_the_file(capsys, dtype, expected):
 
 def test_a_device_without_the_precision(digits):
     with pytest.raises(click.ClickException, match=r'--dtype=fp16: .*meta'):
-        networks.set_precision(digits, torch.device('meta'), 'fp16')
+        set_precision(digits, torch.device('meta'), 'fp16')
 
 
 class WithoutForwardMode(torch.autograd.Function):
@@ -808,7 +560,7 @@ class ForeignLayer(torch.nn.Module):
 def test_a_foreign_layer_without_a_forward_mode_is_named(network_files, digits, tmp_path, monkeypatch):
     net = copy.deepcopy(digits)
     net.model.enc['4x4_block0'].norm2 = ForeignLayer()
-    monkeypatch.setattr(generate, 'load_network', lambda *args: net)
+    monkeypatch.setattr('sampling.networks.open_network', lambda *args: net)
     args = (f'--outdir={tmp_path}', '--seeds=0', '--steps=3', '--randn_like=ddb')
     assert_refused(run(*args), tmp_path, 'model.enc.4x4_block0.norm2', 'ForeignLayer', '--scheme=rk')
     run_ok(*args, '--scheme=rk')

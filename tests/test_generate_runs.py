@@ -106,7 +106,7 @@ def test_only_batches_that_lack_an_image_are_drawn_again(sample, tmp_path):
 
 def test_a_finished_run_draws_nothing(sample, tmp_path, monkeypatch):
     sample('out', '--subdirs')
-    monkeypatch.setattr(generate, 'edm_sampler', None)
+    monkeypatch.setattr(draw, 'generate_images', None)
     before = contents(tmp_path / 'out')
     monkeypatch.undo()
     printed = sample('out', '--subdirs')
@@ -154,7 +154,7 @@ def test_what_is_the_same_may_be_said_in_another_way(sample, files, tmp_path):
         (['--network={files}/other.pkl'], '--network: '),
         (['--gnet={files}/grey.pkl', '--guidance=2'], '--guidance: none → 2.0'),
         (['--solver=heun'], '--solver: none → heun'),
-        (['--randn_like=ddb'], '--randn_like: db → ddb'),
+        (['--randn_like=ddb'], '--sampler: heun → taylor'),
     ],
 )
 def test_other_settings_are_refused(sample, refused, files, args, change):
@@ -166,7 +166,7 @@ def test_other_settings_are_refused(sample, refused, files, args, change):
 
 def test_images_of_another_version_of_the_samplers_are_refused(sample, refused, monkeypatch):
     sample('out')
-    monkeypatch.setattr(generate, 'SAMPLERS', draw.IMAGE_VERSION + 1)
+    monkeypatch.setattr(draw, 'IMAGE_VERSION', draw.IMAGE_VERSION + 1)
     assert f'(version of the samplers: {draw.IMAGE_VERSION - 1} → {draw.IMAGE_VERSION})' in refused('out')
 
 
@@ -505,7 +505,7 @@ def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_is_too_large_for_the_memory_is_one_line(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, 'to_uint8', lambda images: torch.empty(2**60))
+    monkeypatch.setattr(draw, 'to_uint8', lambda images: torch.empty(2**60))
     outcome = run(f'--network={files / "digits.pkl"}', f'--outdir={tmp_path}', '--steps=1', '--device=cpu')
     assert outcome.status == 1
     last = outcome.err.splitlines()[-1]

@@ -1,16 +1,12 @@
-"""images/files.py and images/run_record.py: names, writing in the background, what is ours, the record of a run."""
+"""images/files.py: names, writing in the background, what is ours."""
 
-import copy
-import json
-import math
 import threading
 
 import numpy as np
 import pytest
-import torch
 from image_files import png
 
-from images import files, run_record
+from images import files
 
 GREY = np.full([4, 4, 1], 128, np.uint8)
 
@@ -93,31 +89,3 @@ def test_a_damaged_image_is_named(tmp_path, data):
     (tmp_path / '000001.png').write_bytes(data)
     with pytest.raises(OSError, match=r'000001\.png is damaged .* delete it'):
         files.PngFolder(str(tmp_path), False).read(1)
-
-
-# ----------------------------------------------------------------------------
-# The record.
-
-
-def test_fingerprint_sees_weights_and_arguments_and_no_layout():
-    net = torch.nn.Conv2d(3, 4, 1)
-    same = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    assert run_record.fingerprint(same) == run_record.fingerprint(net)
-    moved = copy.deepcopy(net)
-    with torch.no_grad():
-        moved.bias[0] += 1e-6
-    other = copy.deepcopy(net)
-    other.init_kwargs = {'use_fp16': True}
-    half = copy.deepcopy(net).to(torch.bfloat16)
-    assert len({run_record.fingerprint(each) for each in (net, moved, other, half)}) == 4
-
-
-def test_record_comes_back_and_is_plain_json(tmp_path):
-    settings = {'steps': 18, 'S_max': math.inf, 'class': (0, 1), 'gnet': None, 'rho': 7.5}
-    run_record.save(str(tmp_path / 'new'), settings, {'torch': '2'})
-    text = (tmp_path / 'new' / 'generate.json').read_text()
-    assert json.loads(text, parse_constant=pytest.fail)['torch'] == '2'
-    before = run_record.read(str(tmp_path / 'new'))
-    assert run_record.differences(before, settings) == ''
-    changed = {**settings, 'steps': 40, 'S_max': 50.0, 'eta': 0}
-    assert run_record.differences(before, changed) == '--steps: 18 → 40, --S_max: inf → 50.0, --eta: none → 0'

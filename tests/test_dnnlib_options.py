@@ -1,0 +1,71 @@
+"""dnnlib/options.py: what the types of options take, and what they say otherwise."""
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+from dnnlib import options
+
+GOLDEN = json.loads((Path(__file__).parent / 'data' / 'edm_samplers.json').read_text())
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        *GOLDEN['parse_int_list'].items(),
+        ('7', [7]),
+        ('3,1,2', [3, 1, 2]),
+        ('2,2', [2, 2]),
+        ('4-4', [4]),
+        (' 1, 3-5 ', [1, 3, 4, 5]),
+        ('007', [7]),
+        ([4, 2], [4, 2]),
+    ],
+)
+def test_parse_int_list(text, expected):
+    assert options.parse_int_list(text) == expected
+
+
+@pytest.mark.parametrize(
+    'text', ['a', '5-3', '', '1,,2', '-1', '1-', '1.5', '0x10', '1-2-3', '²', '٣', '1 2', ',', '1,']
+)
+def test_parse_int_list_refuses(text):
+    with pytest.raises(ValueError, match=r'neither a number nor a range|runs backwards'):
+        options.parse_int_list(text)
+
+
+def test_files_to_be_written_have_a_folder_and_a_known_ending(tmp_path):
+    path = options.NewFile('.png', '.gif')
+    assert path.convert(f'{tmp_path}/new/deep/grid.PNG', None, None) == f'{tmp_path}/new/deep/grid.PNG'
+    assert (tmp_path / 'new' / 'deep').is_dir()
+    with pytest.raises(click.BadParameter, match=r'grid\.jpg: the name ends in \.png or \.gif'):
+        path.convert('grid.jpg', None, None)
+    (tmp_path / 'file').touch()
+    with pytest.raises(click.BadParameter, match=r'cannot make the folder .*/file: File exists|Not a directory'):
+        path.convert(f'{tmp_path}/file/grid.png', None, None)
+
+
+def test_lists_of_another_type_count_a_value_once():
+    numbers = options.ListOf(click.IntRange(min=1))
+    assert numbers.convert('8, 16,8', None, None) == [8, 16]
+    with pytest.raises(click.BadParameter):
+        numbers.convert('8,0', None, None)
+
+
+@pytest.mark.parametrize(('text', 'size'), [('64x48', (64, 48)), ('64,48', (64, 48)), ('64', (64, 64))])
+def test_resolutions(text, size):
+    assert options.Resolution().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize('text', ['0x4', '-1', '64x', 'x64', '64x64x64', '1.5', '٣'])
+def test_resolutions_refused(text):
+    with pytest.raises(click.BadParameter, match='is not like 64x64'):
+        options.Resolution().convert(text, None, None)
+
+
+@pytest.mark.parametrize('text', ['inf', 'nan', '-1'])
+def test_numbers_to_compute_with(text):
+    with pytest.raises(click.BadParameter):
+        options.FiniteRange(min=0).convert(text, None, None)
