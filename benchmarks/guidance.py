@@ -107,10 +107,12 @@ def rk_with_drift(net, gnet, guidance):
 def guided_problem(pair, guidance):
     """Within it, orders.py knows the guided `pair` as a problem of that name, and the corrected schemes by theirs."""
     net, gnet = PAIRS[pair]
-    corrected = {'taylor + drift': taylor_with_drift, 'rk + drift': rk_with_drift}
-    steps = {name: make(net, gnet, guidance) for name, make in corrected.items()}
+    corrected = {
+        'taylor + drift': orders.TAYLOR._replace(step=taylor_with_drift(net, gnet, guidance)),
+        'rk + drift': orders.RK._replace(step=rk_with_drift(net, gnet, guidance)),
+    }
     problems = {pair: sampler_2nd.Guided(net, gnet, guidance)}
-    with mock.patch.dict(orders.PROBLEMS, problems), mock.patch.dict(orders.ABLATIONS, steps):
+    with mock.patch.dict(orders.PROBLEMS, problems), mock.patch.dict(orders.ABLATIONS, corrected):
         yield
 
 

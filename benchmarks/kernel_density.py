@@ -57,9 +57,7 @@ class KernelDensity:
         return distances.frechet_distance(*(each.numpy() for each in moments)).distance
 
 
-def distance(
-    density: KernelDensity, sampler: Solver, evaluations: int, rho: float, num: int, seed: int
-) -> float:
+def distance(density: KernelDensity, sampler: Solver, evaluations: int, rho: float, num: int, seed: int) -> float:
     """The Fréchet distance of `num` samples to the data."""
     sigmas = sampler_2nd.noise_levels(None, sampler.levels(evaluations), 0.002, 80, rho)
     noise = Normals(seed, [num, density.points.shape[1]])

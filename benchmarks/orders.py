@@ -1,7 +1,7 @@
 """Which order does each scheme reach? Strong: distance from the solution on the same Brownian path. Weak: moments.
 
-`convergence_of` is the one helper: a row of the table (scheme, problem, noise path, steps) → errors and slope. `ROWS` says
-what is expected; tests/test_orders.py asserts it. Each problem has an exact denoiser, and the integration ends at
+`convergence_of` is the one helper: a row of the table (scheme, problem, noise path, steps) → errors and slope. `ROWS`
+says what is expected; tests/test_orders.py asserts it. Each problem has an exact denoiser, and the integration ends at
 σ = 0.1: the last step, to σ = 0, is no step of the SDE.
 """
 

@@ -38,7 +38,9 @@ def side_by_side(columns):
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
 @click.option('--seeds', help='One per row', metavar='LIST', default='0-7')
-@click.option('--sampler', type=click.Choice([name for name, row in choose.samplers().items() if row.path]), default='rk')
+@click.option(
+    '--sampler', type=click.Choice([name for name, row in choose.samplers().items() if row.path]), default='rk'
+)
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
 @click.option('--sheet', help='Where the contact sheet goes', metavar='FILE.png', default='docs/noise-path.png')
 def main(network, seeds, sampler, rho, sheet):

@@ -57,7 +57,9 @@ class Problem:
         seconds = clock_for(self.latents.device)
         start = seconds()
         with torch.no_grad():
-            images = mixture.SOLVERS[name].run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()  # waits for a GPU
+            images = (
+                mixture.SOLVERS[name].run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()
+            )  # waits for a GPU
         return images, (seconds() - start) / len(images)
 
 

@@ -82,8 +82,9 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def metrics(self) -> list[str]:
-        """Names of the numbers; KID's own error estimate is none."""
-        return unique(name for row in self.rows for name in row.numbers if not name.endswith('_error'))
+        """Names of the numbers; KID's own error estimate is none, nor what is of one class only."""
+        names = unique(name for row in self.rows for name in row.numbers)
+        return [name for name in names if not name.endswith('_error') and ', class ' not in name]
 
     def metric_title(self, name: str) -> str:
         return {'fid': self.fd_title, 'kid': 'KID', 'swd': 'Sliced Wasserstein'}.get(name, name)
@@ -151,7 +152,7 @@ def unique(values: Iterable[str]) -> list[str]:
 # ----------------------------------------------------------------------------
 # Statistics.
 
-LARGER_IS_BETTER = {'precision', 'recall', 'density', 'coverage'}
+LARGER_IS_BETTER = {'precision', 'recall', 'density', 'coverage', 'read as asked'}
 SHOWN_EQUALS = 5  # of those not told apart from the best
 
 
