@@ -14,6 +14,7 @@ from images.pictures import enlarge, tile, to_pil
 from sampling import choose, draw, networks
 
 STEPS = (10, 20, 40, 80, 160)
+ON_A_PATH = [name for name, row in choose.samplers().items() if row.path]
 
 
 def pictures(net, seeds, noise, sampler, steps, **options):
@@ -38,13 +39,11 @@ def side_by_side(columns):
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
 @click.option('--seeds', help='One per row', metavar='LIST', default='0-7')
-@click.option(
-    '--sampler', type=click.Choice([name for name, row in choose.samplers().items() if row.path]), default='rk'
-)
+@click.option('--sampler', type=click.Choice(ON_A_PATH), default='rk')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
-@click.option('--sheet', help='Where the contact sheet goes', metavar='FILE.png', default='docs/noise-path.png')
+@click.option('--sheet', help='Where the pictures go', metavar='FILE.png', default='docs/noise-path.png')
 def main(network, seeds, sampler, rho, sheet):
-    """Print the distance of the pictures at 10, 20, 40 and 80 steps to those at 160, and save the latter.
+    """Print the distance of the pictures at 10, 20, 40 and 80 steps to those at 160, and save all of them.
 
     \b
     python benchmarks/same_picture.py

@@ -57,9 +57,8 @@ class Problem:
         seconds = clock_for(self.latents.device)
         start = seconds()
         with torch.no_grad():
-            images = (
-                mixture.SOLVERS[name].run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()
-            )  # waits for a GPU
+            images = mixture.SOLVERS[name].run(self.denoise, self.latents * sigmas[0], sigmas, noise)
+            images = images.cpu()  # waits for a GPU
         return images, (seconds() - start) / len(images)
 
 
@@ -113,8 +112,8 @@ def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
         print(f'E x*² = {float(energy.mean()):.4f} ± {float(energy.std()) / len(energy) ** 0.5:.4f} ({name})')
     if plot_path:
         title = f'{os.path.basename(network)}, rho = {rho:g}'
-        clock = f'{"processor " * (device == "cpu")}seconds per image'
-        panels = [plots.Panel(title, 'network evaluations', over_evaluations), plots.Panel(title, clock, over_seconds)]
+        axis = f'{"processor " * (device == "cpu")}seconds per image'
+        panels = [plots.Panel(title, 'network evaluations', over_evaluations), plots.Panel(title, axis, over_seconds)]
         plots.draw(plot_path, panels, 'strong error, grey levels')
 
 

@@ -157,7 +157,7 @@ def torchsde_srk(denoise, x, sigmas, noise):
         def g(self, t, y):
             return torch.ones(*y.shape, 1, dtype=y.dtype, device=y.device)
 
-    class Source(torchsde.BaseBrownian):  # type: ignore[name-defined]
+    class Source(torchsde.BaseBrownian):
         """ΔB and ΔZ/h − ΔB/2 = H of a step, from independent normals."""
 
         shape, dtype, device, levy_area_approximation = (x.numel(), 1), x.dtype, x.device, 'space-time'

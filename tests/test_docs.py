@@ -16,7 +16,7 @@ import example
 import fid
 import generate
 import train
-from benchmarks import gaussian_fd, peers
+from benchmarks import gaussian_fd, solvers
 from torch_utils import network_io
 
 COMMANDS = {'generate': generate, 'example': example, 'fid': fid, 'dataset_tool': dataset_tool, 'train': train}
@@ -109,7 +109,7 @@ def table_of_benchmarks(title: str) -> dict[str, list[str]]:
     [('power', 7, 'power, rho = 7', [1]), ('digits', 3, 'digits, rho = 3, any eta', [0, 0.5, 1.2])],
 )
 def test_rows_of_the_benchmarks_are_what_the_command_prints(spectrum, rho, title, etas):
-    samplers = {'EDM Heun': peers.PEERS['EDM Heun'], **peers.ours_with(etas)}
+    samplers = {'heun': solvers.HEUN['heun'], **solvers.ours_with(etas)}
     results = gaussian_fd.table(spectrum, rho, samplers, gaussian_fd.EVALUATIONS)
     page = table_of_benchmarks(title)
     assert {name: page[name] for name in samplers} == {
