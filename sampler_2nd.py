@@ -27,6 +27,7 @@ strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinat
 κ = 1 reads dy = D dτ + dB.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 __all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'Scheme', 'ito_taylor_sampler']
 
@@ -97,36 +99,63 @@ def ito_taylor_sampler(
         Images, of the shape of `latents`, in `dtype`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the network returns no image of the shape of its input.
+        NotFiniteError: an image is not finite after a step.
     """
     if scheme not in SCHEMES:
         raise ValueError(f'scheme={scheme!r} is not one of {", ".join(SCHEMES)}')
-    if S_min > S_max:
-        raise ValueError(f'S_min={S_min} is above S_max={S_max}')
     step, time_integral, eta_below = SCHEMES[scheme]
-    if eta < 0:
-        raise ValueError(f'eta={eta} is negative')
-    if eta >= eta_below:
-        raise ValueError(f'scheme={scheme!r} needs an eta below {eta_below:.4g}, and this is {eta:g}')
+    check_noise_options(S_min, S_max, S_noise, eta=eta)
+    if not 0 <= eta < eta_below:
+        raise ValueError(f'scheme={scheme!r} needs an eta from 0 to below {eta_below:.4g}, and this is {eta:g}')
     dtype = dtype or state_dtype(latents.device)
     sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
 
     denoise = Denoiser(net, class_labels)
     x = first_state(latents.to(dtype), sigmas[0], init)
+    if not len(x):
+        return x
     past: list[tuple[float, torch.Tensor]] = []
     for i in range(num_steps - 1):
-        normals = step_normals(randn_like, x, sigmas[i], sigmas[i + 1], kappas[i], time_integral)
-        x, D = step(
-            denoise, x, past, sigmas[i], sigmas[i + 1], kappas[i], lambda normals=normals: S_noise * next(normals)
-        )
+        interval = sigmas[i], sigmas[i + 1], kappas[i]
+        normals = step_normals(randn_like, x, *interval, time_integral)
+        x, D = step(denoise, x, past, *interval, lambda normals=normals: S_noise * next(normals))
+        check_finite(x, i, num_steps)
         past = [*past[-1:], (sigmas[i], D)]
         if callback is not None:
             callback(i, x, D, sigmas[i])
     x = denoise(x, sigmas[num_steps - 1])
+    check_finite(x, num_steps - 1, num_steps)
     if callback is not None:
         callback(num_steps - 1, x, x, sigmas[num_steps - 1])
     return x
+
+
+def check_noise_options(S_min, S_max, S_noise, **strength):
+    """Raise ValueError for a window that is none, and for numbers that nothing can be computed with."""
+    for name, value in {'S_noise': S_noise, **strength}.items():
+        if not math.isfinite(value):
+            raise ValueError(f'{name}={value} is not a number to compute with')
+    if not S_min <= S_max:
+        raise ValueError(f'S_min={S_min} is above S_max={S_max}')
+
+
+class NotFiniteError(ValueError):
+    """An image of the batch, number `row`, has become infinite or no number."""
+
+    def __init__(self, row, step, num_steps):
+        super().__init__(
+            f'image {row} of the batch is not finite after step {step + 1} of {num_steps}: '
+            'the network returns such numbers, or the steps are too long or the noise too strong'
+        )
+        self.row = row
+
+
+def check_finite(x, step, num_steps):
+    """Raise NotFiniteError for the first image that is not finite after a step."""
+    if not torch.isfinite(x).all():
+        raise NotFiniteError(torch.isfinite(x).flatten(1).all(dim=1).tolist().index(False), step, num_steps)
 
 
 def first_state(latents, sigma, init=None):
@@ -153,16 +182,18 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
     sigma_max = min(sigma_max, float(property_of(net, 'sigma_max', math.inf)))
     if num_steps < 1:
         raise ValueError(f'num_steps={num_steps} is less than 1')
-    if rho <= 0:
-        raise ValueError(f'rho={rho} is not positive')
+    if not 0 < rho < math.inf:
+        raise ValueError(f'rho={rho} is not positive and finite')
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f'noise levels from sigma_max={sigma_max} down to sigma_min={sigma_min} are not a range')
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     try:
         top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    except OverflowError:
+    except (OverflowError, ZeroDivisionError):
         raise ValueError(f'rho={rho} is too small') from None
     sigmas = (top + ramp * (bottom - top)) ** rho
+    if num_steps > 1:
+        sigmas[-1] = sigma_min  # which small rho would lose by rounding
     round_sigma = property_of(net, 'round_sigma')
     if round_sigma is not None:
         sigmas = torch.as_tensor(round_sigma(sigmas))
@@ -455,10 +486,10 @@ class BrownianPath:
     def _node_normals(self, node, x):
         """Two standard normals per pixel of x, by Box and Muller from 53 bits of a hash each."""
         device = 'cpu' if x.device.type == 'mps' else x.device  # mps has no float64
-        key = torch.tensor(self._seeds, device=device)
+        key = torch.tensor(self._seeds, dtype=torch.int64, device=device)
         for part in node:
             key = mix(key) + part
-        stream = mix(key)[:, None] + torch.arange(2 * x[0].numel(), device=device)
+        stream = mix(key)[:, None] + torch.arange(2 * math.prod(x.shape[1:]), device=device)
         uniform = ((mix(stream) >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
         u1, u2 = uniform.reshape(len(x), 2, *x.shape[1:]).unbind(1)
         radius, angle = (-2 * u1.log()).sqrt_(), 2 * math.pi * u2
@@ -517,29 +548,47 @@ class Denoiser:
     def jvp(self, x, sigma, dx, dsigma):
         """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation.
 
-        Of PyTorch's attention kernels only the plain one has a forward mode, so that one is used.
+        Of PyTorch's attention kernels only the plain one has a forward mode, so that one is used. In inference mode
+        there is none at all, so it is left, with copies of what was made in it.
 
         Raises:
-            ValueError: a layer of the network has no forward mode.
+            ValueError: a layer of the network has no forward mode, or cuts the derivative.
         """
-        at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                if dsigma == 0:  # a network need not be differentiable in σ
-                    D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
-                else:
-                    D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
-        except RuntimeError as err:
-            if re.search(NO_FORWARD_MODE, str(err)) is None:
-                raise
-            raise ValueError(
-                f"{failed_layer(err)} has no forward-mode derivative, which scheme='taylor' needs; "
-                "use scheme='rk' (in generate.py: --scheme=rk)"
-            ) from err
+        leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with leave, torch.no_grad():
+            at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
+            at, along = ([value.clone() if value.is_inference() else value for value in each] for each in (at, along))
+            try:
+                with sdpa_kernel(SDPBackend.MATH), UncutDerivative():
+                    if dsigma == 0:  # a network need not be differentiable in σ
+                        D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
+                    else:
+                        D, dD = torch.func.jvp(self._call, tuple(at), tuple(along))[:2]
+            except RuntimeError as err:
+                if re.search(NO_FORWARD_MODE, str(err)) is None:
+                    raise
+                cut = f' ({err})' if str(err).startswith(CUT) else ''
+                raise ValueError(
+                    f"{failed_layer(err)} has no forward-mode derivative{cut}, which scheme='taylor' needs; "
+                    "use scheme='rk' (in generate.py: --sampler=rk)"
+                ) from err
         return D.to(x.dtype), dD.to(x.dtype)
 
     def _call(self, x, sigma):
-        return self._net(x, sigma, self._class_labels)
+        try:
+            D = self._net(x, sigma, self._class_labels)
+        except RuntimeError as err:
+            if re.search(OTHER_DTYPE, str(err)) is None:
+                raise
+            raise ValueError(
+                f'the network does not compute in {x.dtype} ({err}); give the network itself instead of a function, '
+                'cast x and sigma in the function, or pass dtype=torch.float32'
+            ) from err
+        if not torch.is_tensor(D):
+            raise ValueError(f'the network returned a {type(D).__name__}; denoised images are a tensor')
+        if D.shape != x.shape:
+            raise ValueError(f'the network returned the shape {list(D.shape)} for images of {list(x.shape)}')
+        return D
 
     def _cast(self, value, like=None):
         """A tensor of the network's dtype, on the device of `like`."""
@@ -550,13 +599,34 @@ class Denoiser:
 # What PyTorch says in forward mode of: an operation without a rule; an autograd.Function without `jvp` or without
 # `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two; group
 # norm, of an input that is not contiguous (channels_last, or after attention).
-NO_FORWARD_MODE = 'forward (mode )?AD|functorch|(have|access) storage|view size is not compatible'
+CUT = 'it is cut by'
+CUTS = {torch.Tensor.detach: 'detach', torch.detach: 'detach', torch.Tensor.data.__get__: 'data'}  # type: ignore[attr-defined]
+NO_FORWARD_MODE = f'forward (mode )?AD|functorch|(have|access) storage|view size is not compatible|{CUT}'
+
+
+# What it says of a function that hands float64 on to a float32 network.
+OTHER_DTYPE = 'same dtype|scalar type|should be the same'
+
+
+class UncutDerivative(TorchFunctionMode):
+    """Inside the `with` block, what would take the tangent of a tensor away without a word raises a RuntimeError."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        way = 'inference mode' if torch.is_inference_mode_enabled() else CUTS.get(func)
+        if way and any(map(has_tangent, [*args, *(kwargs or {}).values()])):
+            raise RuntimeError(f'{CUT} {way}')
+        return func(*args, **(kwargs or {}))
+
+
+def has_tangent(value):
+    with torch.inference_mode(False):
+        return torch.is_tensor(value) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
 def failed_layer(err):
     """Words for the innermost module that `err` was raised in: its name in the outermost one, and its class."""
     entered = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(err.__traceback__)]
-    modules = [each for each in entered if isinstance(each, torch.nn.Module)]
+    modules = [each for each in entered if isinstance(each, torch.nn.Module) and not isinstance(each, Wrapper)]
     if not modules:
         return 'the network'
     names = {module: name for name, module in modules[0].named_modules()}
@@ -573,9 +643,12 @@ def property_of(net, name, default=None):
 
 
 def network_dtype(net):
-    """The dtype that a network computes in: that of its first weight; None without weights."""
-    weight = next(net.parameters(), None) if hasattr(net, 'parameters') else None
-    return None if weight is None else weight.dtype
+    """The dtype that a network computes in: that of its first weight in floating point; None without such weights.
+
+    Weights of one byte are storage: float8 and the integers of quantized layers are not what is computed in.
+    """
+    weights = net.parameters() if hasattr(net, 'parameters') else ()
+    return next((each.dtype for each in weights if each.is_floating_point() and each.element_size() > 1), None)
 
 
 class Wrapper(torch.nn.Module):

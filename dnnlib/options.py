@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+MOST_NUMBERS = 100_000_000  # of a range; that many are gigabytes as a list
+
 
 def parse_int_list(text: str | Sequence[int]) -> list[int]:
     """'1,2,5-10' → [1, 2, 5, 6, 7, 8, 9, 10]. Ranges include both ends; the order is kept.
@@ -25,6 +27,8 @@ def parse_int_list(text: str | Sequence[int]) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f'the range {item.strip()!r} runs backwards')
+        if last - first >= MOST_NUMBERS:
+            raise ValueError(f'the range {item.strip()!r} has {last - first + 1:,} numbers, more than {MOST_NUMBERS:,}')
         numbers.extend(range(first, last + 1))
     return numbers
 

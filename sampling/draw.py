@@ -21,6 +21,7 @@ class StackedRandomGenerator:
     """One random generator per image of a batch: row i of every draw depends on seeds[i] only."""
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
+        self._device = device
         self._generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def randn(self, size: Sequence[int], **kwargs: Any) -> torch.Tensor:
@@ -35,6 +36,8 @@ class StackedRandomGenerator:
     def _stack(self, draw: Callable[..., torch.Tensor], size: Sequence[int], **kwargs: Any) -> torch.Tensor:
         if size[0] != len(self._generators):
             raise ValueError(f'{size[0]} rows asked of {len(self._generators)} generators')
+        if not self._generators:
+            return draw(size, device=self._device, **kwargs)
         return torch.stack([draw(size[1:], generator=g, device=g.device, **kwargs) for g in self._generators])
 
 
@@ -64,7 +67,11 @@ def generate_images(
         latents, classes = draw_start(net, rnd, seeds, class_idx)
         labels = None if classes is None else torch.eye(net.label_dim, device=device)[classes]
         randn_like = sampler_2nd.BrownianPath(seeds) if noise == 'path' else rnd.randn_like
-        yield seeds, to_uint8(sampler(net, latents, labels, randn_like=randn_like))
+        try:
+            images = sampler(net, latents, labels, randn_like=randn_like)
+        except sampler_2nd.NotFiniteError as err:
+            raise ValueError(f'seed {seeds[err.row]}: {err}') from None
+        yield seeds, to_uint8(images)
 
 
 def draw_start(

@@ -37,6 +37,7 @@ def edm_sampler(
     times. A step draws one normal, with or without churn, so that a seed means the same noise in either case. Arguments
     and `callback` are those of `sampler_2nd.ito_taylor_sampler`; S_churn spreads over the steps, at most √2 − 1 each.
     """
+    sampler_2nd.check_noise_options(S_min, S_max, S_noise)
     denoise = sampler_2nd.Denoiser(net, class_labels)
     t_steps = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
     x = sampler_2nd.first_state(latents.to(sampler_2nd.state_dtype(latents.device)), t_steps[0], init)
@@ -52,6 +53,7 @@ def edm_sampler(
         if t_next > 0:
             slope_next = (x - denoise(x, t_next)) / t_next
             x = x_hat + (t_next - t_hat) * (slope + slope_next) / 2
+        sampler_2nd.check_finite(x, i, num_steps)
         if callback is not None:
             callback(i, x, D, t_cur)
     return x
@@ -103,6 +105,7 @@ def ablation_sampler(
     _check_choice('solver', solver, ('euler', 'heun'))
     _check_choice('schedule', schedule, ('vp', 've', 'linear'))
     _check_choice('scaling', scaling, ('vp', 'none'))
+    sampler_2nd.check_noise_options(S_min, S_max, S_noise, alpha=alpha)
     sigma_min, sigma_max = _ablation_range(net, discretization, sigma_min, sigma_max, epsilon_s)
     vp = _matched_vp_curve(sigma_min, sigma_max, epsilon_s)
     curve = {'vp': vp, 've': VE_CURVE, 'linear': LINEAR_CURVE}[schedule]
@@ -144,6 +147,7 @@ def ablation_sampler(
         if solver == 'heun' and i < num_steps - 1:
             d_prime, _ = slope(x_hat + alpha * h * d_cur, t_hat + alpha * h)
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d_cur + 1 / (2 * alpha) * d_prime)
+        sampler_2nd.check_finite(x, i, num_steps)
         if callback is not None:
             callback(i, x, D, sigma_cur)
     return x

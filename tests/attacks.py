@@ -337,6 +337,9 @@ def excess():
     deep = b')' + b'\x85' * 300_000
     numbers = b''.join(pickle.BININT2 + struct.pack('<H', i) for i in range(60_000))
     encode = named('_codecs', 'encode') + b'q\x00' + text('x' * 100_000) + text('latin1') + b'\x86q\x02'
+    fill = b'(K\x01' + pickle.BININT + struct.pack('<i', 100_000) + b'\x85h\x00\x89h\x01tb'
+    arrays = named('numpy', 'dtype') + text('u1') + b'\x85Rq\x00' + pickle.BINBYTES + struct.pack('<I', 100_000)
+    arrays += bytes(100_000) + b'q\x01' + (ARRAY + fill) * 2000 + b'e'
     make_set = named('builtins', 'set') + b'q\x00](' + numbers + b'e\x85q\x02'
     found = {
         'billion laughs in lists': b']q\x00' + b''.join(twice % (*[i] * 10, i + 1) for i in range(40)),
@@ -354,6 +357,7 @@ def excess():
         'many marks': b'(' * 400_001,
         'many sets': b'\x8f' * 400_001,
         'one text encoded often': encode + b'h\x00h\x02R' * 2000,
+        'one text in many arrays': b'](' + arrays,
         'one list made a set often': make_set + b'h\x00h\x02R' * 2000,
         'huge memo number': b'Nr\xff\xff\xff\xff',
         'huge text': b'\x8d' + b'\xff' * 8,

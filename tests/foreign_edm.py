@@ -107,6 +107,22 @@ def read_there(paths, inputs):
         return _run_in_checkout(job, {})
 
 
+def plain_output(path, shape):
+    """Σ D(1; σ = 2), after plain unpickling where only EDM's `torch_utils` and `dnnlib` can be imported."""
+    script = (
+        "import pickle, sys, torch\nsys.modules['training'] = None\ntorch.set_num_threads(1)\n"
+        f"net = pickle.load(open({str(path)!r}, 'rb'))['ema']\n"
+        "assert 'foreign' in sys.modules['torch_utils.persistence'].__file__\n"
+        f'print(net(torch.ones({shape}), torch.tensor(2.0)).double().sum().item())\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTHON')}
+    done = subprocess.run(
+        [sys.executable, '-c', script], cwd=TESTS / 'foreign', env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
 def foreign_sources(attention_function=True, numpy_scalars=True, append_source=''):
     """{name in `training`: text}: our modules, changed where the other side differs."""
     texts = {name: (ROOT / 'training' / f'{name}.py').read_text() for name in ('networks', 'loss', 'augment')}

@@ -728,7 +728,8 @@ def test_names_of_published_files():
     )
     assert published.PUBLISHED['fid-ref-cifar10-32x32'].url == PUBLISHED + 'fid-refs/cifar10-32x32.npz'
     assert downloads._url_digest(published.PUBLISHED['inception-2015-12-05'].url) == '18d9c1159d16cd4cc6adf7db0f2dd2a9'
-    assert len({file.url for file in published.PUBLISHED.values()}) == len(published.PUBLISHED) == 18
+    assert len(published.PUBLISHED) == 18 + 36 + 35 + 16  # EDM's; EDM2's names, their networks, and guides
+    assert len({file.url for file in published.PUBLISHED.values()}) == 18 + 35 + 16
     assert all(re.fullmatch('[0-9a-f]{64}', file.sha256 or WRONG) for file in published.PUBLISHED.values())
 
 

@@ -69,3 +69,8 @@ def test_resolutions_refused(text):
 def test_numbers_to_compute_with(text):
     with pytest.raises(click.BadParameter):
         options.FiniteRange(min=0).convert(text, None, None)
+
+
+def test_a_range_that_no_memory_holds_is_refused():
+    with pytest.raises(ValueError, match=r"'0-9999999999' has 10,000,000,000 numbers, more than 100,000,000"):
+        options.parse_int_list('0-9999999999')

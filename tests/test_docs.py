@@ -1,5 +1,6 @@
 """What README and docs/ show is what the code does. Their commands are run by test_docs_commands.py."""
 
+import math
 import pathlib
 import re
 import subprocess
@@ -8,9 +9,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `python tests/test_docs.py`
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from docs_commands import FENCE, INDENTED, INLINE, PAGES, ROOT
 
+import compare
 import dataset_tool
 import example
 import fid
@@ -19,8 +22,15 @@ import train
 from benchmarks import gaussian_fd, solvers
 from torch_utils import network_io
 
-COMMANDS = {'generate': generate, 'example': example, 'fid': fid, 'dataset_tool': dataset_tool, 'train': train}
-PACKAGES = ('.', 'dnnlib', 'images', 'metrics', 'torch_utils', 'training', 'benchmarks')
+COMMANDS = {
+    'generate': generate,
+    'example': example,
+    'fid': fid,
+    'dataset_tool': dataset_tool,
+    'train': train,
+    'compare': compare,
+}
+PACKAGES = ('.', 'dnnlib', 'images', 'metrics', 'sampling', 'torch_utils', 'training', 'comparison', 'benchmarks')
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 
 
@@ -44,6 +54,36 @@ def test_saved_help_is_the_help_of_the_script(name):
 
 
 # ----------------------------------------------------------------------------
+# Lengths and order.
+
+
+@pytest.mark.parametrize(
+    ('page', 'lines'),
+    [('README.md', 110), ('docs/choosing.md', 80), ('docs/method.md', 300), ('docs/benchmarks.md', 250)],
+)
+def test_pages_that_have_to_be_short_are(page, lines):
+    assert len(read(page).splitlines()) <= lines
+
+
+def test_a_stranger_finishes_the_readme():
+    before, _, _ = read('README.md').partition('## Pages')
+    assert len(before.split()) <= 700
+
+
+def linked(text: str) -> list[str]:
+    """The files that a text links to, each once, without folder and anchor."""
+    return list(dict.fromkeys(link.partition('#')[0].removeprefix('docs/') for link in LINK.findall(text)))
+
+
+def test_readme_and_index_list_the_same_pages_in_the_same_groups():
+    _, _, pages = read('README.md').partition('## Pages')
+    bullets = re.findall(r'^\* \*\*(.*?)\*\*: (.*?)(?=^\*|^## )', pages, re.MULTILINE | re.DOTALL)
+    sections = re.findall(r'^## (.*?)\n(.*?)(?=^## |\Z)', read('docs/index.md'), re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in bullets] == ['Use', 'Understand', 'Evidence', 'Reference']
+    assert [(name, linked(text)) for name, text in bullets] == [(name, linked(text)) for name, text in sections]
+
+
+# ----------------------------------------------------------------------------
 # Links.
 
 
@@ -54,7 +94,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r'[^\w\- ]', '', heading).replace(' ', '-') for heading in plain}
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', [*PAGES, 'CHANGELOG.md', 'SECURITY.md'])
 def test_links_lead_somewhere(page):
     """To files and headings that are there; of other sites the form of the address is all that is checked."""
     for link in LINK.findall(FENCE.sub('', read(page))):
@@ -97,39 +137,81 @@ def test_tables_of_numbers_have_a_command_beside_them(page):
             assert re.search(r'python \S+\.py|\(docs/\w+\.md|\(\w+\.md', section), f'{page}: {section[:60]!r}'
 
 
-def table_of_benchmarks(title: str) -> dict[str, list[str]]:
-    """{sampler: its cells} of the table in docs/benchmarks.md with this head."""
-    [rows] = [table for table in TABLE.findall(read('docs/benchmarks.md')) if table.startswith(f'| {title} |')]
-    cells = [[cell.strip() for cell in row.strip('|').split('|')] for row in rows.splitlines()]
-    return {name: values for name, *values in cells}
+def tables(page: str) -> dict[str, dict[str, list[str]]]:
+    """{head of the first column: {sampler: its cells}} of the tables of a page, the row of the heads included."""
+    found = {}
+    for table in TABLE.findall(read(page)):
+        cells = [[cell.strip() for cell in row.strip('|').split('|')] for row in table.splitlines()]
+        found[cells[0][0]] = {name: values for name, *values in cells}
+    return found
 
 
 @pytest.mark.parametrize(
     ('spectrum', 'rho', 'title', 'etas'),
     [('power', 7, 'power, rho = 7', [1]), ('digits', 3, 'digits, rho = 3, any eta', [0, 0.5, 1.2])],
 )
-def test_rows_of_the_benchmarks_are_what_the_command_prints(spectrum, rho, title, etas):
+def test_rows_of_the_notebook_are_what_the_command_prints(spectrum, rho, title, etas):
     samplers = {'heun': solvers.HEUN['heun'], **solvers.ours_with(etas)}
     results = gaussian_fd.table(spectrum, rho, samplers, gaussian_fd.EVALUATIONS)
-    page = table_of_benchmarks(title)
+    page = tables('docs/notebook.md')[title]
     assert {name: page[name] for name in samplers} == {
         name: [f'{1e3 * value:.3g}' for value in values] for name, values in results.items()
     }
 
 
-def test_the_readme_quotes_the_best_of_each_at_32_evaluations():
-    page = table_of_benchmarks('digits, rho = 7')
-    column = page['digits, rho = 7'].index('32')
-    owners = {'ddb': 'this project', 'EDM': 'EDM'}
+@pytest.mark.parametrize(
+    ('title', 'full_title', 'measure'),
+    [
+        ('digits, rho = 7', 'digits, rho = 7', None),
+        ('digits, rho = 7, any eta', 'digits, rho = 7, any eta', None),
+        ('bandwidth 0.2, rho = 7', 'bandwidth 0.2, rho = 7', None),
+        ('real digits, Fréchet distance', 'sampler', 0),
+    ],
+)
+def test_tables_of_the_benchmarks_are_parts_of_those_of_the_notebook(title, full_title, measure):
+    """`measure` numbers those of a cell such as '0.88 ± 0.06 / 0.0188 ± 0.0005 / 99.2% ± 0.2%'."""
+    short, full = tables('docs/benchmarks.md')[title], tables('docs/notebook.md')[full_title]
+    columns = [full[full_title].index(head) for head in short[title]]
+    assert len(short) > 6
+    for name in set(short) - {title, '---'}:
+        cells = [full[name][column] for column in columns]
+        assert short[name] == (cells if measure is None else [cell.split(' / ')[measure] for cell in cells])
+
+
+def readme_row(start: str) -> dict[str, str]:
+    """{tool: cell} of the row of the README's table that begins so."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in read('README.md').splitlines()]
+    [tools] = [row[1:] for row in rows if row[1:2] == ['this project']]
+    [cells] = [row[1:] for row in rows if row[0].startswith(start)]
+    return dict(zip(tools, cells, strict=True))
+
+
+def owner(sampler: str) -> str:
+    """Of a sampler in the tables, as the README's table calls it."""
+    word = re.split('[ ,-]', sampler)[0]
+    owners = {'rk': 'this project', 'taylor': 'this project', 'heun': 'EDM', 'k': 'k-diffusion'}
+    return owners.get(word, word)
+
+
+def test_the_readme_quotes_the_best_exact_distance_of_each_at_16_evaluations():
+    page = tables('docs/benchmarks.md')['digits, rho = 7']
+    heads = page.pop('digits, rho = 7')
     best: dict[str, float] = {}
-    for name, values in page.items():
-        if values[column][0].isdigit() and name != 'digits, rho = 7':
-            owner = owners.get(name.split()[0], name.split()[0])
-            best[owner] = min(best.get(owner, 1e9), float(values[column]))
-    head = next(line for line in read('README.md').splitlines() if line.startswith('| | this project'))
-    row = next(line for line in read('README.md').splitlines() if line.startswith('| exact Fréchet distance'))
-    names, numbers = ([cell.strip() for cell in line.strip('|').split('|')][1:] for line in (head, row))
-    assert {name: float(number) for name, number in zip(names, numbers, strict=True)} == pytest.approx(best, rel=0.01)
+    for name in set(page) - {'---'}:
+        best[owner(name)] = min(best.get(owner(name), math.inf), float(page[name][heads.index('16')]))
+    quoted = {tool: float(cell.replace(',', '')) for tool, cell in readme_row('exact distance').items()}
+    assert quoted == pytest.approx(best, rel=1e-9)
+
+
+def test_the_readme_quotes_the_best_kid_of_each_at_16_evaluations():
+    page = read('docs/compare.md')
+    best: dict[str, float] = {}
+    for line in re.findall(r'^\| [\w-]+ \| \d+ \| \d+ \| \d+ \|.*$', page, re.MULTILINE):
+        name, _, evaluations, jvps, kid, *_ = (cell.strip(' *') for cell in line.strip('|').split('|'))
+        if 14 < int(evaluations) + int(jvps) <= 16:
+            best[owner(name)] = min(best.get(owner(name), math.inf), float(kid.split()[0]))
+    quoted = {tool: float(cell) for tool, cell in readme_row('KID').items() if cell != '–'}
+    assert quoted == pytest.approx({tool: float(f'{1e3 * kid:.2g}') for tool, kid in best.items()})
 
 
 def options_of_programs() -> set[str]:
@@ -170,14 +252,26 @@ def test_error_messages_are_those_of_the_programs():
 
 def test_python_in_the_readme_runs():
     [code] = re.findall(r'```python\n(.*?)```', read('README.md'), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    assert len(code.splitlines()) <= 12
     run = subprocess.run(
         [sys.executable, '-c', f'import torch\ntorch.manual_seed(0)\n{code}'], cwd=ROOT, text=True, capture_output=True
     )
     assert run.returncode == 0, run.stderr
-    std, calls, jvp_calls = re.fullmatch(r'tensor\(([\d.]+), dtype=torch.float64\) (\d+) (\d+)\n', run.stdout).groups()
+    [std] = re.fullmatch(r'tensor\(([\d.]+), dtype=torch.float64\)\n', run.stdout).groups()
     assert float(std) == pytest.approx(1, abs=0.05)
-    assert (calls, jvp_calls) == ('40', '39')
+
+
+def test_the_readme_recommends_one_command_and_the_same_in_python():
+    readme = read('README.md')
+    commands = re.findall(r'python generate\.py .*', readme)
+    dials = {tuple(re.findall(r'--(sampler|steps|S_max)=(\w+)', command)) for command in commands}
+    [recommended] = dials
+    names = {'sampler': 'scheme', 'steps': 'num_steps'}
+    for name, value in recommended:
+        assert re.search(rf"\b{names.get(name, name)}='?{value}\b", readme)
+    assert f'python generate.py --outdir=out {" ".join(f"--{name}={value}" for name, value in recommended)}\n' in (
+        read('docs/choosing.md')
+    )
 
 
 def test_the_printed_inspection_is_that_of_the_program(monkeypatch):
@@ -188,6 +282,38 @@ def test_the_printed_inspection_is_that_of_the_program(monkeypatch):
     command, _, printed = block.partition('\n')
     run = CliRunner().invoke(network_io.main.commands['inspect'], command.split()[-1:])
     assert run.output.split() == printed.split()  # the terminal decides where lines break
+
+
+# ----------------------------------------------------------------------------
+# Habits.
+
+
+def test_github_runs_what_a_change_has_to_pass_on_the_oldest_and_the_newest_python():
+    [job] = yaml.safe_load(read('.github/workflows/ci.yml'))['jobs'].values()
+    named = re.findall(r'Python :: (3\.\d+)', read('pyproject.toml'))
+    assert job['strategy']['matrix']['python'] == [named[0], named[-1]]
+    [step] = [step for step in job['steps'] if 'run' in step]
+    assert step['run'] == '.ci/run'
+    assert step['env'] == {'PYTHON': 'python'}
+    assert re.search(r'^PYTHON \?=', read('Makefile'), re.MULTILINE)
+
+
+def test_before_a_commit_runs_the_lint_of_the_makefile():
+    [hook] = yaml.safe_load(read('.pre-commit-config.yaml'))['repos'][0]['hooks']
+    assert hook['entry'] == 'make lint'
+    assert re.search(r'^lint:', read('Makefile'), re.MULTILINE)
+
+
+def test_a_bug_report_asks_what_the_doctor_says():
+    for form in (ROOT / '.github' / 'ISSUE_TEMPLATE').glob('[!c]*.yml'):
+        fields = {field['id']: field for field in yaml.safe_load(form.read_text())['body']}
+        assert '`python -m torch_utils.doctor`' in fields['doctor']['attributes']['label']
+
+
+def test_citation_and_changelog_know_this_version():
+    version = re.search(r'^version = "(.*)"', read('pyproject.toml'), re.MULTILINE)[1]
+    assert yaml.safe_load(read('CITATION.cff'))['version'] == version
+    assert re.findall(r'^## \[(.*?)\]', read('CHANGELOG.md'), re.MULTILINE)[:2] == ['Unreleased', version]
 
 
 if __name__ == '__main__':

@@ -368,7 +368,7 @@ def assert_refused(outcome, outdir, *words):
         (['--randn_like=ddb', '--scaling=none'], ['--scaling is for ablation']),
         (['--randn_like=ddb', '--eta=-1'], ['--eta']),
         (['--randn_like=ddb', '--eta=inf'], ['--eta']),
-        (['--randn_like=ddb', '--scheme=rk', '--eta=1.8'], ["scheme='rk' needs an eta below 1.732, and this is 1.8"]),
+        (['--sampler=rk', '--eta=1.8'], ["scheme='rk' needs an eta from 0 to below 1.732, and this is 1.8"]),
         (['--scheme=taylor'], ['--scheme=taylor belongs to --randn_like=ddb; --sampler=taylor says both']),
         (['--sampler=rk', '--scheme=rk'], ['--scheme=rk is another spelling of --sampler']),
         (['--sampler=heun', '--randn_like=db'], ['--randn_like=db is another spelling of --sampler']),

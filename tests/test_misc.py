@@ -89,6 +89,13 @@ def test_constant_in_channels_last():
     assert (tensor == 7).all()
 
 
+def test_constant_like_another_tensor():
+    ref = torch.zeros(3, dtype=torch.float16, device='meta')
+    found = misc.const_like(ref, [1, 2], shape=[3, 2])
+    assert (found.dtype, found.device, found.shape) == (torch.float16, ref.device, (3, 2))
+    assert misc.const_like(ref, 1, dtype=torch.int64, device='cpu') is misc.constant(1, dtype=torch.int64)
+
+
 def test_constant_from_inference_mode_serves_autograd():
     with torch.inference_mode():
         tensor = misc.constant([2, 3, 5])

@@ -17,7 +17,7 @@ import torch
 
 import dnnlib
 from torch_utils import persistence
-from training import augment, loss, networks
+from training import augment, loss, networks, networks_edm2
 
 SONG = {
     'model_type': 'SongUNet',
@@ -231,7 +231,7 @@ def foreign_dependencies(source):
     return modules, names
 
 
-@pytest.mark.parametrize('module', [networks, loss, augment])
+@pytest.mark.parametrize('module', [networks, networks_edm2, loss, augment])
 def test_stored_module_stands_alone(module):
     source = pathlib.Path(module.__file__).read_text()
     modules, names = foreign_dependencies(source)

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import itertools
 import math
 import pathlib
 import pickle
@@ -433,7 +434,7 @@ def test_callback_sees_every_step():
         ({'scheme': 'heun'}, 'euler, taylor, rk'),
         ({'num_steps': 0}, 'num_steps=0'),
         ({'S_min': 2, 'S_max': 1}, 'S_min=2 is above S_max=1'),
-        ({'eta': -1}, 'eta=-1'),
+        ({'eta': -1}, 'needs an eta from 0 to below inf, and this is -1'),
         ({'rho': 0}, 'rho=0'),
         ({'rho': 0.001}, 'too small'),
         ({'sigma_min': 90}, 'sigma_max=80'),
@@ -563,3 +564,146 @@ def test_the_file_works_alone(tmp_path):
     )
     run = subprocess.run([sys.executable, 'use.py'], cwd=tmp_path, capture_output=True, text=True)
     assert float(run.stdout) == pytest.approx(1, abs=0.03), run.stderr
+
+
+# ----------------------------------------------------------------------------
+# What cannot be right is refused.
+
+
+class Cut(torch.nn.Module):
+    """D = x/2 with a layer that takes the derivative away: all of it, or half."""
+
+    def __init__(self, way, share):
+        super().__init__()
+        self.inner, self.share = WithoutTangent(way), share
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.share * self.inner(x) / 2 + (1 - self.share) * x / 2
+
+
+class WithoutTangent(torch.nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x):
+        if self.way == 'inference mode':
+            with torch.inference_mode():
+                return x + 0
+        return x.detach() + 0 if self.way == 'detach' else x.data + 0
+
+
+@pytest.mark.parametrize('share', [1, 0.5])
+@pytest.mark.parametrize('way', ['detach', 'data', 'inference mode'])
+def test_a_network_that_cuts_the_derivative_is_refused(way, share):
+    net = CountCalls(Cut(way, share))
+    with pytest.raises(ValueError, match=f'layer inner of the network, .*cut by {way}.*--sampler=rk'):
+        ito_taylor_sampler(net, torch.randn(2, 3), num_steps=3)
+    assert torch.isfinite(ito_taylor_sampler(net, torch.randn(2, 3), num_steps=3, scheme='rk')).all()
+
+
+def test_constants_may_be_detached():
+    """What has no tangent loses none."""
+
+    def net(x, sigma, class_labels=None):
+        return x / (1 + sigma.detach() ** 2).data
+
+    assert torch.isfinite(ito_taylor_sampler(net, torch.randn(2, 3), num_steps=4)).all()
+
+
+def test_inference_mode_around_the_sampler_changes_nothing():
+    """Labels, latents and weights made in it included."""
+
+    def images(net):
+        rng = torch.Generator().manual_seed(0)
+        latents = torch.randn(2, 4, generator=rng)
+        return ito_taylor_sampler(net, latents, randn_like=lambda x: torch.randn(x.shape, generator=rng), num_steps=6)
+
+    torch.manual_seed(3)
+    net = LabelledNet(0)
+    expected = images(net)
+    with torch.inference_mode():
+        assert torch.equal(images(net), expected)
+        same = LabelledNet(0)
+        same.load_state_dict(net.state_dict())
+        assert torch.equal(images(same), expected)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'rho': math.nan}, 'rho=nan'),
+        ({'rho': math.inf}, 'rho=inf'),
+        ({'rho': 1e-300}, 'rho=1e-300 is too small'),
+        ({'eta': math.nan}, 'eta=nan'),
+        ({'eta': math.inf, 'scheme': 'taylor'}, 'eta=inf'),
+        ({'S_noise': math.nan}, 'S_noise=nan'),
+        ({'S_noise': -math.inf}, 'S_noise=-inf'),
+        ({'S_min': math.nan}, 'S_min=nan'),
+        ({'sigma_max': math.nan}, 'are not a range'),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ito_taylor_sampler(Gaussian(), torch.randn(2, 3), **kwargs)
+
+
+@pytest.mark.parametrize('rho', [0.2, 0.25, 0.33, 1, 7, 50])
+def test_the_last_level_is_exact_for_every_rho(rho):
+    levels = sampler_2nd.noise_levels(None, 9, 0.002, 80, rho)
+    assert levels[-2:] == [0.002, 0.0]
+    assert all(high > low for high, low in itertools.pairwise(levels))
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_the_first_image_that_is_not_finite_ends_it(scheme):
+    """The network fails for the second image of three, at low noise."""
+
+    def net(x, sigma, class_labels=None):
+        bad = torch.tensor([0.0, 1.0, 0.0])[:, None] * (0.0 if sigma > 1 else 1.0)
+        return x / (1 + sigma**2) + torch.where(bad > 0, math.inf, 0.0)
+
+    with pytest.raises(
+        sampler_2nd.NotFiniteError, match=r'image 1 of the batch is not finite after step \d of 8'
+    ) as info:
+        ito_taylor_sampler(net, torch.randn(3, 2), num_steps=8, scheme=scheme)
+    assert info.value.row == 1
+
+
+@pytest.mark.parametrize(
+    ('net', 'message'),
+    [
+        (lambda x, sigma, labels: {'sample': x}, 'returned a dict; denoised images are a tensor'),
+        (lambda x, sigma, labels: x[:, :1], r'returned the shape \[2, 1\] for images of \[2, 4\]'),
+        (lambda x, sigma, labels: x.sum(), r'returned the shape \[\] for images'),
+    ],
+)
+def test_a_network_that_returns_no_images_is_told_so(net, message):
+    with pytest.raises(ValueError, match=message):
+        ito_taylor_sampler(net, torch.randn(2, 4), num_steps=3)
+
+
+def test_a_float32_network_inside_a_function_is_told_what_to_do():
+    inner, latents = torch.nn.Linear(4, 4), torch.randn(2, 4)
+
+    def net(x, sigma, class_labels):
+        return inner(x)
+
+    with pytest.raises(ValueError, match=r'does not compute in torch\.float64.*pass dtype=torch\.float32'):
+        ito_taylor_sampler(net, latents, num_steps=3)
+    assert ito_taylor_sampler(net, latents, num_steps=3, dtype=torch.float32).dtype == torch.float32
+
+
+def test_storage_of_one_byte_is_not_what_a_network_computes_in():
+    net = torch.nn.Module()
+    for name, dtype in [('a', torch.int8), ('b', torch.float8_e4m3fn), ('c', torch.bfloat16), ('d', torch.float32)]:
+        setattr(net, name, torch.nn.Parameter(torch.zeros(2).to(dtype), requires_grad=False))
+    assert sampler_2nd.network_dtype(net) == torch.bfloat16
+    assert sampler_2nd.network_dtype(torch.nn.Identity()) is None
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_an_empty_batch_gives_no_images(scheme):
+    path = sampler_2nd.BrownianPath([])
+    assert ito_taylor_sampler(Gaussian(), torch.zeros(0, 1, 4, 4), scheme=scheme, randn_like=path).shape == (0, 1, 4, 4)
+    assert [z.shape for z in path.normals(torch.zeros(0, 3), 2.0, 1.0, 1.0)] == [(0, 3)] * 2

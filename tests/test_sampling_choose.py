@@ -75,5 +75,5 @@ def test_a_scheme_of_ones_own_is_a_sampler_by_one_line_in_the_table(monkeypatch)
     }
     assert torch.equal(drawn['mine'], drawn['rk'])
     assert not torch.allclose(drawn['mine'], drawn['taylor'], atol=1e-3)
-    with pytest.raises(ValueError, match=r"scheme='mine' needs an eta below 1\.2, and this is 1\.3"):
+    with pytest.raises(ValueError, match=r"scheme='mine' needs an eta from 0 to below 1\.2, and this is 1\.3"):
         choose.make('mine', eta=1.3)(net, latents)

@@ -1,6 +1,7 @@
 """sampling/draw.py: the random numbers of a seed are EDM's, batches, pixels."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,22 @@ def test_batches_are_few_and_nearly_equal():
     assert draw.split_seeds(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]
     assert draw.split_seeds([5, 5, 1], 64) == [[5, 5, 1]]
     assert draw.split_seeds([10**25], 64) == [[10**25]]
+
+
+def test_the_seed_of_an_image_that_is_not_finite_is_named():
+    class Net(GaussianDenoiser):
+        img_channels, img_resolution, label_dim = 1, 4, 0
+
+        def __call__(self, x, sigma, class_labels=None):
+            D = super().__call__(x, sigma)
+            D[2] = math.nan
+            return D
+
+    with pytest.raises(ValueError, match=r'seed 9: image 2 of the batch is not finite after step 1 of 18'):
+        list(draw.generate_images(Net(), [[5, 7, 9]], edm.edm_sampler, torch.device('cpu')))
+
+
+def test_a_process_without_seeds_draws_nothing():
+    rnd = draw.StackedRandomGenerator('cpu', [])
+    assert rnd.randn([0, 3, 2]).shape == (0, 3, 2)
+    assert rnd.randint(10, size=[0]).dtype == torch.int64

@@ -61,6 +61,18 @@ def constant(
     return _constants[key]
 
 
+def const_like(
+    ref: torch.Tensor,
+    value: Any,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> torch.Tensor:
+    """`constant` with the dtype and on the device of `ref`. The source text in EDM2's pickles calls it."""
+    return constant(value, shape, dtype or ref.dtype, device or ref.device, memory_format)
+
+
 def _indexed(device: torch.device) -> torch.device:
     """'cuda' means whichever GPU is current, so it cannot stand in a cache key."""
     if device.type == 'cuda' and device.index is None:

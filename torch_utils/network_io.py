@@ -33,16 +33,20 @@ from torch.overrides import TorchFunctionMode
 import dnnlib
 from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
-from torch_utils import network_pickle, safe_pickle
+from torch_utils import network_pickle, persistence, safe_pickle
 from torch_utils.network_pickle import StoredNetwork
 
+# A file has the name of a class and its source text, but no module. So a name stands for one class here; whether the
+# file means that one is told by the text (`origin`) and by the weights, whose names and shapes have to fit.
 NETWORK_CLASSES = {
-    name: f'training.networks.{name}' for name in ('EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond')
+    **{name: f'training.networks.{name}' for name in ('EDMPrecond', 'VPPrecond', 'VEPrecond', 'iDDPMPrecond')},
+    'Precond': 'training.networks_edm2.Precond',
 }
 
-# Source texts whose classes do what the built-in ones of the same name do: SHA-256 and where the text is from. That of
-# training/networks.py in this checkout is known without an entry.
+# Source texts whose classes do what the built-in ones of the same name do: SHA-256 and where the text is from. Those of
+# training/networks.py and networks_edm2.py in this checkout are known without an entry.
 KNOWN_SOURCES = {
+    '7298880db4bf955d2941496cce3a554a970867b3eae4d22276cb1c293c131fa2': 'EDM2, training/networks_edm2.py',
     'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
     'f42da8235e12dafb20a31a64e3bfc5dd8e9fcf46de386ab513321f44e365e63a': 'version 0.1.0 of this project, 26 November',
@@ -108,7 +112,9 @@ def read_bytes(path_or_url: str) -> bytes:
 def _instead_of(path: Path) -> str:
     """What may have been meant by a name that no file has; '' if nothing comes to mind."""
     if path.name == str(path) and path.suffix not in ENDINGS:
-        return f'; known names are {", ".join(difflib.get_close_matches(path.name, NETWORKS) or NETWORKS)}'
+        similar = difflib.get_close_matches(path.name, NETWORKS)
+        known = f'are {", ".join(similar)}' if similar else f'such as {NETWORKS[0]} are in dnnlib/published.py'
+        return f'; known names {known}'
     if not path.parent.is_dir():
         return f'; there is no folder {path.parent}'
     there = _networks_in(path.parent)
@@ -135,12 +141,15 @@ def read_network(data: bytes, unknown: Callable[..., Any] = network_pickle.refus
 def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None:
     """Write a network of a built-in class, on the CPU; the file appears whole or not at all.
 
-    The ending of `path` is the format: .pkl, which an unmodified EDM checkout reads, with `entries` beside the network
-    (loss_fn, …); or .safetensors, the weights with class and arguments, without `entries`.
+    The ending of `path` is the format: .pkl, which an unmodified EDM or EDM2 checkout reads, with `entries` beside the
+    network (loss_fn, …); or .safetensors, the weights with class and arguments, without `entries`.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or layers that no file can hold, such as those of `training.folding`.
     """
+    foreign = {type(module).__name__ for module in net.modules() if not _has_a_stored_form(module)}
+    if foreign:
+        raise ValueError(f'{path}: a network with {", ".join(sorted(foreign))} in it is for evaluation only')
     net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if str(path).endswith('.pkl'):
         with dnnlib.util.atomic_write(path) as file:
@@ -150,6 +159,10 @@ def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None
             file.write(_safetensors(net))
     else:
         raise ValueError(f'{path}: the name of a network file ends in .pkl or .safetensors')
+
+
+def _has_a_stored_form(module: torch.nn.Module) -> bool:
+    return persistence.is_persistent(module) or type(module).__module__.startswith('torch.nn.')
 
 
 def _is_pickle(data: bytes) -> bool:
@@ -208,7 +221,8 @@ def build(stored: StoredNetwork) -> torch.nn.Module:
             net = network_class(*stored.init_args, **stored.init_kwargs)
         net.load_state_dict(weights, assign=True)
     except Exception as err:  # arguments out of a damaged or hostile file can trip the constructor anywhere
-        raise NetworkFileError(f'this {stored.class_name} differs from the built-in one ({err})') from None
+        built_in = NETWORK_CLASSES[stored.class_name]
+        raise NetworkFileError(f'this {stored.class_name} differs from the built-in one, {built_in} ({err})') from None
     return net
 
 
@@ -268,8 +282,9 @@ def unknown_sources(stored: StoredNetwork) -> list[str]:
 
 def origin(digest: str) -> str | None:
     """Where the source text with this SHA-256 is from, if that is known."""
-    own = python_inspect.getsource(dnnlib.util.get_obj_by_name('training.networks'))
-    return KNOWN_SOURCES.get(digest) or ('this checkout' if digest == _digest(own) else None)
+    modules = {name.rpartition('.')[0] for name in NETWORK_CLASSES.values()}
+    own = [python_inspect.getsource(dnnlib.util.get_obj_by_name(module)) for module in modules]
+    return KNOWN_SOURCES.get(digest) or ('this checkout' if digest in map(_digest, own) else None)
 
 
 def _digest(source: str) -> str:
@@ -280,7 +295,7 @@ def _warn_of_unknown_source(stored: StoredNetwork, name: str) -> None:
     for digest in unknown_sources(stored):
         dist.print0(
             f'Warning: {name}: the source text of {stored.class_name} (SHA-256 {digest}) is unknown and is not run; '
-            'the network does what the built-in class does',
+            f'the network does what {NETWORK_CLASSES[stored.class_name]} does',
             file=sys.stderr,
         )
 
@@ -390,8 +405,9 @@ def _describe(stored: StoredNetwork) -> None:
     arguments = [*map(repr, stored.init_args), *(f'{name}={value!r}' for name, value in stored.init_kwargs.items())]
     sizes = [value.numel() for value in stored.weights.values()]
     types = sorted({str(value.dtype).removeprefix('torch.') for value in stored.weights.values()})
+    built_in = NETWORK_CLASSES.get(stored.class_name)
     rows = {
-        'class': stored.class_name,
+        'class': f'{stored.class_name} ({built_in.rpartition(".")[0] if built_in else "unknown"})',
         'arguments': ', '.join(arguments),
         'parameters': f'{sum(sizes):,} with buffers, in {len(sizes)} tensors, {", ".join(types)}',
     }
@@ -431,7 +447,7 @@ def convert(src: str, dest: str) -> None:
     """Write the network of the file or URL SRC to DEST, whose ending is the format: .safetensors or .pkl.
 
     The weights become float32. What stands beside a network in a snapshot (loss_fn, …) stays behind. An unmodified EDM
-    checkout loads the .pkl, which carries the source text of this project's classes.
+    or EDM2 checkout loads the .pkl, which carries the source text of this project's classes.
     """
     if Path(dest).exists():
         raise _CannotRead(ValueError(f'{dest} exists already'))

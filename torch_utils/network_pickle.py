@@ -1,4 +1,4 @@
-"""EDM's network pickles as data: the class that a file names, its arguments and weights, and the text of its source.
+"""Network pickles of EDM and EDM2 as data: the class that a file names, its arguments, weights and source text.
 
 `read` is the way in. The source text is kept as text, to be hashed; nothing runs it. What the names in such files stand
 for is in `_table`: a persistent object becomes a `Record` of its class name, source and state, and a tensor is cut from
@@ -27,7 +27,7 @@ class StoredNetwork:
     """What a file says of a network.
 
     Attributes:
-        class_name: of the network, as in `training.networks`; nothing says that such a class exists here.
+        class_name: of the network, as its own module calls it; nothing says that such a class exists here.
         init_args, init_kwargs: what it was constructed with, plain values.
         weights: parameters and buffers by dotted name.
         sources: the Python texts that the file gives for the classes of the network and its parts.
@@ -118,7 +118,7 @@ def _name(name: Any) -> str:
 
 def _table(budget: Budget) -> Table:
     return {
-        **safe_pickle.PLAIN_TABLE,
+        **safe_pickle.NUMPY_TABLE,  # an encoder's scales are arrays; they stay records
         ('torch_utils.persistence', '_reconstruct_persistent_obj'): _persistent_object,
         ('torch._utils', '_rebuild_parameter'): _parameter,
         ('torch._utils', '_rebuild_tensor_v2'): _tensor,

@@ -86,7 +86,7 @@ def refuse_name(module: str, name: str) -> NoReturn:
 
 
 class Budget:
-    """What a file of `size` bytes may cost: opcodes, and bytes of the values that calls return."""
+    """What a file of `size` bytes may cost: opcodes, and bytes of the values that calls and states make."""
 
     def __init__(self, size: int):
         if size > MAX_BYTES:
@@ -275,6 +275,8 @@ class Reader:
         record = self.top(Record)
         if record.state is not None or state is None:
             raise SafePickleError(f'the pickle gives a state to {record.kind!r} that it cannot take')
+        for part in state if isinstance(state, tuple) else ():
+            self._budget.spend_bytes(part)  # an array becomes a copy of the bytes in its state
         record.state = state
 
     def persistent_id(self) -> None:
