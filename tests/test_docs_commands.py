@@ -201,7 +201,6 @@ NOT_RUN = {
     r'python (-m pytest .*|tests/test_docs\.py)': 'runs tests',
     r'python benchmarks/digits\.py .*': 'fits a classifier; tests/test_digits.py runs it without',
     r'python benchmarks/broken_strokes\.py': '4 minutes; tests/test_broken_strokes.py runs its part',
-    r'for k in .* python generate\.py .*': 'a quarter of an hour; generate.py runs above',
     r'git show .*': 'reads the history, which a shallow clone lacks',
     r'python tests/attacks\.py': 'tests/test_safe_pickle.py and tests/test_network_io.py assert what it prints',
     r'python tests/fuzz/fuzz_network_io\.py .*': 'needs atheris, a compiled package that the tests do not ask for',
