@@ -142,7 +142,7 @@ def prepare(way: str, name: str, batch: int, dtype: torch.dtype, device: str) ->
     return forward if way.endswith('forward') else lambda: torch.func.jvp(forward, (x,), (tangent,))[1]
 
 
-def measure(
+def time_ways(
     name: str, batch: int, rounds: int, sets: int, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds of each round by way, and the relative distance between the two tangents."""
@@ -176,7 +176,7 @@ def main(batch: int, rounds: int, sets: int, dtype: str, device: str) -> None:
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|')
     for name in NETWORKS:
-        seconds, distance = measure(name, batch, rounds, sets, DTYPES[dtype], device)
+        seconds, distance = time_ways(name, batch, rounds, sets, DTYPES[dtype], device)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import sampler_2nd
-from benchmarks import peers, plots
+from benchmarks import plots, solvers
+from comparison import peers
 
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -42,7 +43,7 @@ SPECTRA = {
 }
 
 
-def frechet_distance(sampler: peers.Sampler, stds: torch.Tensor, evaluations: int, rho: float) -> float:
+def frechet_distance(sampler: peers.Solver, stds: torch.Tensor, evaluations: int, rho: float) -> float:
     """Σ (s_out − s)²; nan where the evaluations pay for less than three noise levels."""
     num_levels = sampler.levels(evaluations)
     if num_levels < 3:
@@ -69,8 +70,9 @@ def table(spectrum, rho, samplers, evaluations):
 
 def lead(results):
     """How many times smaller than the best stochastic peer's the best of ours is, for each column."""
-    ours = np.nanmin([values for name, values in results.items() if name not in peers.PEERS], axis=0)
-    rivals = [values for name, values in results.items() if name in peers.PEERS and peers.PEERS[name].stochastic]
+    ours = np.nanmin([values for name, values in results.items() if name not in solvers.RIVALS], axis=0)
+    stochastic = {name for name, solver in solvers.RIVALS.items() if solver.stochastic}
+    rivals = [values for name, values in results.items() if name in stochastic]
     return np.nanmin(rivals, axis=0) / ours
 
 
@@ -91,7 +93,7 @@ def format_table(title, results, evaluations):
 @click.option(
     '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
 )
-@peers.noise_options
+@solvers.noise_options
 @plots.option('work–precision diagrams')
 def main(spectra, rhos, plot_path, **noise):
     """Print tables of the exact Fréchet distance times 1000.
@@ -99,8 +101,8 @@ def main(spectra, rhos, plot_path, **noise):
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(**noise)
-    for name in peers.PEERS.keys() - samplers.keys():
+    samplers = solvers.rivals() | solvers.ours_with(**noise)
+    for name in solvers.RIVALS.keys() - samplers.keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}
     for spectrum in spectra:

@@ -23,7 +23,7 @@ from benchmarks import orders
 
 GUIDANCE = (1, 1.5, 2, 3)
 SCHEMES = {
-    'edm heun': 0.0,
+    'heun': 0.0,
     'euler': 1.0,
     'taylor': 1.0,
     'rk': 1.0,
@@ -107,10 +107,12 @@ def rk_with_drift(net, gnet, guidance):
 def guided_problem(pair, guidance):
     """Within it, orders.py knows the guided `pair` as a problem of that name, and the corrected schemes by theirs."""
     net, gnet = PAIRS[pair]
-    corrected = {'taylor + drift': taylor_with_drift, 'rk + drift': rk_with_drift}
-    steps = {name: make(net, gnet, guidance) for name, make in corrected.items()}
+    corrected = {
+        'taylor + drift': orders.TAYLOR._replace(step=taylor_with_drift(net, gnet, guidance)),
+        'rk + drift': orders.RK._replace(step=rk_with_drift(net, gnet, guidance)),
+    }
     problems = {pair: sampler_2nd.Guided(net, gnet, guidance)}
-    with mock.patch.dict(orders.PROBLEMS, problems), mock.patch.dict(orders.ABLATIONS, steps):
+    with mock.patch.dict(orders.PROBLEMS, problems), mock.patch.dict(orders.ABLATIONS, corrected):
         yield
 
 
@@ -124,7 +126,7 @@ def convergence(pair, guidance, path, schemes=SCHEMES, steps=STEPS, fine=1024):
         for scheme in schemes:
             eta = SCHEMES[scheme]
             if eta not in solutions:
-                best = 'rk + drift' if eta else 'edm heun'
+                best = 'rk + drift' if eta else 'heun'
                 solutions[eta] = [orders.solve(best, pair, path, n, eta) for n in (fine, fine // 2)]
             solution, coarser = solutions[eta]
             states = [orders.solve(scheme, pair, path, n, eta) for n in steps]
@@ -163,12 +165,12 @@ def gaussian_errors(scheme, guidance, steps=GAUSSIAN_STEPS):
     with guided_problem('gaussian', guidance):
         for n in steps:
             columns = torch.eye(2 * n + 1, dtype=torch.float64)[..., None]
-            x = orders.solve(scheme, 'gaussian', Columns(columns), n, eta=1.0)
+            x = orders.solve(scheme, 'gaussian', PathOfColumns(columns), n, eta=1.0)
             errors.append(abs(float(x.square().sum()) - guided_variance(guidance)))
     return orders.fit(steps, errors, [1e-13] * len(steps))
 
 
-class Columns:
+class PathOfColumns:
     """Independent normals in the place of an `orders.Path`."""
 
     def __init__(self, columns):

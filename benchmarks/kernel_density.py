@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import sampler_2nd
-from benchmarks import gaussian_fd, peers
-from benchmarks.digits import Noise
+from benchmarks import gaussian_fd, solvers
+from comparison.peers import Normals, Solver
 from dnnlib import options
 from metrics import distances
 
@@ -57,12 +57,10 @@ class KernelDensity:
         return distances.frechet_distance(*(each.numpy() for each in moments)).distance
 
 
-def distance(
-    density: KernelDensity, sampler: peers.Sampler, evaluations: int, rho: float, num: int, seed: int
-) -> float:
+def distance(density: KernelDensity, sampler: Solver, evaluations: int, rho: float, num: int, seed: int) -> float:
     """The Fréchet distance of `num` samples to the data."""
     sigmas = sampler_2nd.noise_levels(None, sampler.levels(evaluations), 0.002, 80, rho)
-    noise = Noise(seed, [num, density.points.shape[1]])
+    noise = Normals(seed, [num, density.points.shape[1]])
     with torch.no_grad():
         return density.frechet_distance(sampler.run(density.denoise, noise.fresh() * sigmas[0], sigmas, noise).double())
 
@@ -78,7 +76,7 @@ def row(name: str, columns: list[list[float]]) -> str:
 @click.option('--sets', help='Seed sets', metavar='INT', type=click.IntRange(min=2), default=3)
 @click.option('--evaluations', help='Of the denoiser', metavar='LIST', default='12,16,24,32,48')
 @click.option('--rho', help='Time step exponent', type=click.FloatRange(min=0, min_open=True), default=7)
-@peers.noise_options
+@solvers.noise_options
 @click.option('--sampler', 'names', help='Which samplers', metavar='NAME', multiple=True, show_default='all installed')
 def main(bandwidth, num, sets, evaluations, rho, names, **noise):
     """Print Fréchet distances × 1000.
@@ -86,7 +84,7 @@ def main(bandwidth, num, sets, evaluations, rho, names, **noise):
     \b
     python benchmarks/kernel_density.py
     """
-    samplers = peers.available(peers.PEERS) | peers.ours_with(**noise)
+    samplers = solvers.rivals() | solvers.ours_with(**noise)
     unknown = set(names) - set(samplers)
     if unknown:
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(samplers)}')

@@ -14,18 +14,24 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-from benchmarks import orders, peers, plots
+from benchmarks import orders, plots, solvers
 
 EVALUATIONS = (10, 18, 34, 66, 130)  # so that nobody loses more than one of them to steps being powers of two
 # dpmpp_sde, churn and euler_ancestral mix their noise in a way that no Brownian path in λ describes.
 ON_A_PATH = [
-    'k-diffusion dpmpp_2m_sde',
-    'k-diffusion dpmpp_3m_sde',
-    'diffusers EDM dpm 2M SDE',
-    'torchsde srk',
-    'ddb taylor',
-    'ddb rk',
+    'k-diffusion-dpmpp_2m_sde',
+    'k-diffusion-dpmpp_3m_sde',
+    'diffusers-EDM-dpm-2M-SDE',
+    'torchsde-srk',
+    'taylor',
+    'rk',
 ]
+SOLVERS = solvers.RIVALS | solvers.OURS
+
+
+def available():
+    """Those of `ON_A_PATH` that are installed."""
+    return [name for name in ON_A_PATH if name in solvers.rivals() | solvers.OURS]
 
 
 class PathNoise:
@@ -43,19 +49,18 @@ class PathNoise:
 
 
 def solve(name, path, problem, num_steps):
-    sampler = (peers.PEERS | peers.OURS)[name]
-    noise = PathNoise(name, path.normals(num_steps, 1.0, name != 'ddb taylor'))
+    noise = PathNoise(name, path.normals(num_steps, 1.0, name != 'taylor'))
 
     def denoise(x, sigma):
         return orders.PROBLEMS[problem](x, torch.as_tensor(sigma).reshape(-1)[0])
 
     sigmas = [*orders.equal_levels(num_steps).tolist(), 0.0]
-    return sampler.run(denoise, path.latents * sigmas[0], sigmas, noise)
+    return SOLVERS[name].run(denoise, path.latents * sigmas[0], sigmas, noise)
 
 
 def errors(name, path, problem, solution, evaluations):
     """(strong error, weak error, the weak error's standard deviation)"""
-    num_steps = (peers.PEERS | peers.OURS)[name].levels(evaluations) - 1
+    num_steps = SOLVERS[name].levels(evaluations) - 1
     num_steps = 2 ** int(math.log2(max(num_steps, 1)))  # the path's cells divide by powers of two
     x = solve(name, path, problem, num_steps)
     gap = (x.square() - solution.square()).sum(-1)
@@ -74,12 +79,11 @@ def main(problem, paths, plot_path):
     python benchmarks/mixture.py
     """
     path = orders.Path(paths, orders.PROBLEMS[problem].dim)
-    solution = solve('ddb rk', path, problem, 1024)
-    samplers = peers.available({**peers.PEERS, **peers.OURS})
+    solution = solve('rk', path, problem, 1024)
     print('| ' + ' | '.join([f'{problem}: strong error; weak error', *map(str, EVALUATIONS)]) + ' |')
     print('|---' * (len(EVALUATIONS) + 1) + '|')
     lines = {}
-    for name in (name for name in ON_A_PATH if name in samplers):
+    for name in (name for name in available()):
         cells = [errors(name, path, problem, solution, count) for count in EVALUATIONS]
         print('| ' + ' | '.join([name, *(f'{s:.1e}; {w:.1e} ± {e:.0e}' for s, w, e in cells)]) + ' |', flush=True)
         lines[name] = EVALUATIONS, [strong for strong, *_ in cells]

@@ -1,7 +1,7 @@
 """Which order does each scheme reach? Strong: distance from the solution on the same Brownian path. Weak: moments.
 
-`measure` is the one helper: a row of the table (scheme, problem, noise path, steps) → errors and slope. `ROWS` says
-what is expected; tests/test_orders.py asserts it. Each problem has an exact denoiser, and the integration ends at
+`convergence_of` is the one helper: a row of the table (scheme, problem, noise path, steps) → errors and slope. `ROWS`
+says what is expected; tests/test_orders.py asserts it. Each problem has an exact denoiser, and the integration ends at
 σ = 0.1: the last step, to σ = 0, is no step of the SDE.
 """
 
@@ -175,6 +175,9 @@ ABLATIONS = {
 # Solutions.
 
 
+ODE_SAMPLERS = {'heun': edm.edm_sampler, 'ablation, euler': partial(edm.ablation_sampler, solver='euler')}
+
+
 def equal_levels(steps):
     return torch.linspace(math.log(SIGMA_MAX), math.log(SIGMA_MIN), steps + 1, dtype=torch.float64).exp()
 
@@ -190,9 +193,8 @@ def before_last_step(sampler, net, latents, steps, **kwargs):
 def solve(scheme, problem, path, steps, eta=1.0, S_max=math.inf):
     """The state at σ = 0.1 of the scheme on the path, after `steps` steps of equal length in ln σ."""
     net = PROBLEMS[problem]
-    if scheme in ('edm heun', 'edm euler'):
-        sampler = edm.edm_sampler if scheme == 'edm heun' else partial(edm.ablation_sampler, solver='euler')
-        return before_last_step(sampler, net, path.latents, steps, randn_like=torch.zeros_like)
+    if scheme in ODE_SAMPLERS:
+        return before_last_step(ODE_SAMPLERS[scheme], net, path.latents, steps, randn_like=torch.zeros_like)
     normals = path.normals(steps, eta**2, time_integral=(sampler_2nd.SCHEMES | ABLATIONS)[scheme].time_integral)
     if scheme == 'euler':
         normals = normals[::2]
@@ -207,8 +209,8 @@ def solve(scheme, problem, path, steps, eta=1.0, S_max=math.inf):
 
 def reference_scheme(scheme, path, eta):
     """What solves the same equation on the same path best."""
-    if scheme.startswith('edm'):
-        return 'edm heun'
+    if scheme in ODE_SAMPLERS:
+        return 'heun'
     if isinstance(path, TreePath):
         return 'rk' if scheme.startswith('rk') else 'taylor'
     return 'rk' if eta == 1 else 'taylor'
@@ -311,8 +313,8 @@ class Row(NamedTuple):
 COARSE, MEDIUM, FINE = (4, 8, 16, 32), (16, 32, 64, 128), (64, 128, 256)
 MIDDLE = math.sqrt(SIGMA_MAX * SIGMA_MIN) * (1 + 1e-9)  # a level of every grid, rounded up
 ROWS = [
-    Row('strong', 'edm euler', 'mixture', 1, eta=0),
-    Row('strong', 'edm heun', 'mixture', 2, eta=0),
+    Row('strong', 'ablation, euler', 'mixture', 1, eta=0),
+    Row('strong', 'heun', 'mixture', 2, eta=0),
     *(Row('strong', 'euler', problem, 1) for problem in PROBLEMS),
     # What limits the order to 1.5 is how D's Jacobian fluctuates; for Gaussian data it does not.
     Row('strong', 'taylor', 'gaussian', 2),
@@ -367,7 +369,7 @@ ABLATION_ROWS = [
 ]
 
 
-def measure(row, cache, paths=1500) -> Convergence:
+def convergence_of(row, cache, paths=1500) -> Convergence:
     """`cache` keeps paths and solutions from row to row."""
     if row.kind == 'weak':
         return weak_convergence(row.scheme, 0.7, row.steps, row.eta, row.S_max)
@@ -396,7 +398,7 @@ def main(paths: int) -> None:
     """
     cache: dict[Any, Any] = {}
     for row in [*ROWS, *ABLATION_ROWS]:
-        print(format_row(row, measure(row, cache, paths)), flush=True)
+        print(format_row(row, convergence_of(row, cache, paths)), flush=True)
 
 
 if __name__ == '__main__':

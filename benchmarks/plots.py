@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from benchmarks import peers
+from benchmarks.solvers import RIVALS
+from comparison.report import need_packages
 
 
 class Panel(NamedTuple):
@@ -28,20 +29,12 @@ def fitted_rate(work: Sequence[float], errors: Sequence[float]) -> float:
     return -float(np.polyfit(*points.T, deg=1)[0])
 
 
-def require_matplotlib(purpose: str) -> None:
-    """Raise click.ClickException if it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise click.ClickException(f'{purpose} needs matplotlib: pip install -e ".[plot]"') from None
-
-
 def option(shows: str) -> Callable[..., Any]:
     """--plot, as `plot_path`. That matplotlib is missing is said before the work."""
 
     def check(_context: click.Context, _param: click.Parameter, path: str | None) -> str | None:
         if path is not None:
-            require_matplotlib('--plot')
+            need_packages('--plot', 'plot', 'matplotlib')
         return path
 
     return click.option('--plot', 'plot_path', help=f'Also draw {shows}', metavar='FILE.png', callback=check)
@@ -57,7 +50,7 @@ def draw(path: str, panels: Sequence[Panel], ylabel: str, rows: int = 1, ylim: t
     for ax, panel in zip(axes.T.flat, panels, strict=True):
         peer_styles = itertools.cycle(itertools.product(['-', '--', ':'], ('C1', 'C2', 'C4', 'C5', 'C6', 'C8')))
         for name, (work, errors) in panel.lines.items():
-            if name not in peers.PEERS:
+            if name not in RIVALS:
                 style = {'linewidth': 3, 'color': 'C3' if 'rk' in name else 'C0', 'zorder': 3}
             else:
                 linestyle, color = next(peer_styles)

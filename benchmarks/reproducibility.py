@@ -23,10 +23,10 @@ WAYS: dict[str, tuple[list[str], int, int]] = {
     'one process, batch 32, 1 thread': ([], 32, 1),
     'one process, batch 8, 2 threads': ([], 8, 2),
 }
-SAMPLERS = {
-    'db, 18 steps': ['--randn_like=db', '--steps=18'],
-    'ddb taylor, 10 steps': ['--randn_like=ddb', '--steps=10'],
-    'ddb rk, 20 steps': ['--randn_like=ddb', '--scheme=rk', '--steps=20'],
+RUNS = {
+    'heun, 18 steps': ['--sampler=heun', '--steps=18'],
+    'taylor, 10 steps': ['--sampler=taylor', '--steps=10'],
+    'rk, 20 steps': ['--sampler=rk', '--steps=20'],
 }
 
 
@@ -56,7 +56,7 @@ def main(network: str | None, seeds: str) -> None:
     """
     shared = [f'--seeds={seeds}', *([f'--network={network}'] if network else [])]
     with tempfile.TemporaryDirectory() as temp:
-        for sampler, options in SAMPLERS.items():
+        for sampler, options in RUNS.items():
             print(sampler)
             reference = None
             for i, (name, way) in enumerate(WAYS.items()):

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 
 import click
 import numpy as np
@@ -10,18 +9,18 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
-import sampler_2nd
 from dnnlib import options
 from images.pictures import enlarge, tile, to_pil
-from sampling import draw, networks
+from sampling import choose, draw, networks
 
 STEPS = (10, 20, 40, 80, 160)
+ON_A_PATH = [name for name, row in choose.samplers().items() if row.path]
 
 
-def pictures(net, seeds, noise, steps, **options):
+def pictures(net, seeds, noise, sampler, steps, **options):
     """uint8 [seeds, H, W, C]"""
-    sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=steps, **options)
-    (result,) = draw.generate_images(net, [seeds], sampler, torch.device('cpu'), noise=noise)
+    chosen = choose.make(sampler, num_steps=steps, **options)
+    (result,) = draw.generate_images(net, [seeds], chosen, torch.device('cpu'), noise=noise)
     return result[1]
 
 
@@ -31,7 +30,7 @@ def distances(columns):
     return [float(np.sqrt(np.mean((column - last) ** 2))) for column in columns[:-1]]
 
 
-def contact_sheet(columns):
+def side_by_side(columns):
     """A row for each seed, a column for each number of steps."""
     rows = np.stack(columns, axis=1)
     return to_pil(tile(enlarge(rows.reshape(-1, *rows.shape[2:])), len(columns)))
@@ -40,10 +39,10 @@ def contact_sheet(columns):
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 @click.option('--network', help='Network pickle', metavar='PATH|URL', default=str(networks.SHIPPED_NETWORK))
 @click.option('--seeds', help='One per row', metavar='LIST', default='0-7')
-@click.option('--scheme', type=click.Choice(['taylor', 'rk']), default='rk')
+@click.option('--sampler', type=click.Choice(ON_A_PATH), default='rk')
 @click.option('--rho', help='Time step exponent', metavar='FLOAT', type=float, default=7)
-@click.option('--sheet', help='Where the contact sheet goes', metavar='FILE.png', default='docs/noise-path.png')
-def main(network, seeds, scheme, rho, sheet):
+@click.option('--sheet', help='Where the pictures go', metavar='FILE.png', default='docs/noise-path.png')
+def main(network, seeds, sampler, rho, sheet):
     """Print the distance of the pictures at 10, 20, 40 and 80 steps to those at 160, and save all of them.
 
     \b
@@ -54,9 +53,9 @@ def main(network, seeds, scheme, rho, sheet):
     print('| noise | ' + ' | '.join(f'{n} steps' for n in STEPS[:-1]) + ' |')
     print('|---' * len(STEPS) + '|')
     for noise in ('fresh', 'path'):
-        columns = [pictures(net, seeds, noise, steps, scheme=scheme, rho=rho) for steps in STEPS]
+        columns = [pictures(net, seeds, noise, sampler, steps, rho=rho) for steps in STEPS]
         print(f'| {noise} | ' + ' | '.join(f'{d:.1f}' for d in distances(columns)) + ' |', flush=True)
-    contact_sheet(columns).save(sheet)
+    side_by_side(columns).save(sheet)
 
 
 if __name__ == '__main__':

@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
 
 import sampler_2nd
-from benchmarks import mixture, peers, plots
-from benchmarks.clock import clock_for
+from benchmarks import mixture, plots
+from comparison.cells import clock_for
 from dnnlib import options
 from sampling import draw, networks
 from torch_utils import distributed
@@ -50,16 +50,16 @@ class Problem:
         Without those for the path. On a CPU it is processor time, of all threads.
         """
         sigmas = [float(sigma) for sigma in sampler_2nd.noise_levels(self.net, levels, 0.002, 80, self.rho)]
-        time_integral = name != 'ddb taylor'
+        time_integral = name != 'taylor'
         steps = itertools.pairwise(sigmas[:-1])
         normals = [z for step in steps for z in self.path.normals(self.latents, *step, 1.0, time_integral)]
         noise = mixture.PathNoise(name, normals)
-        sampler = (peers.PEERS | peers.OURS)[name]
-        clock = clock_for(self.latents.device)
-        start = clock()
+        seconds = clock_for(self.latents.device)
+        start = seconds()
         with torch.no_grad():
-            images = sampler.run(self.denoise, self.latents * sigmas[0], sigmas, noise).cpu()  # waits for a GPU
-        return images, (clock() - start) / len(images)
+            images = mixture.SOLVERS[name].run(self.denoise, self.latents * sigmas[0], sigmas, noise)
+            images = images.cpu()  # waits for a GPU
+        return images, (seconds() - start) / len(images)
 
 
 def errors(x, solution):
@@ -88,7 +88,6 @@ def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
         raise click.UsageError(f'--sampler={unknown.pop()!r} is not one of: {", ".join(mixture.ON_A_PATH)}')
     if len(seeds) < 2:
         raise click.UsageError('--seeds: one image has no standard error; give two or more')
-    samplers = peers.available({**peers.PEERS, **peers.OURS})
     try:
         net = networks.open_network(network, distributed.select_device(device))
     except ValueError as err:
@@ -98,12 +97,12 @@ def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
     over_evaluations, over_seconds = {}, {}
     print('| strong error; weak error | ' + ' | '.join(map(str, counts)) + ' |')
     print('|---' * (len(counts) + 1) + '|', flush=True)
-    for name in (name for name in names if name in samplers):
-        best = 'ddb taylor' if name == 'ddb taylor' else 'ddb rk'
+    for name in (name for name in names if name in mixture.available()):
+        best = 'taylor' if name == 'taylor' else 'rk'
         if best not in solutions:
             solutions[best], _ = problem.solve(best, SOLUTION_STEPS)
         problem.solve(name, 3)  # imports packages, warms up
-        images, seconds = zip(*(problem.solve(name, samplers[name].levels(n)) for n in counts), strict=True)
+        images, seconds = zip(*(problem.solve(name, mixture.SOLVERS[name].levels(n)) for n in counts), strict=True)
         found = [errors(x, solutions[best]) for x in images]
         over_evaluations[name], over_seconds[name] = ((work, [each[0] for each in found]) for work in (counts, seconds))
         cells = [f'{strong:.1f}; {weak:+.4f} ± {spread:.4f}' for strong, weak, spread in found]
@@ -113,8 +112,8 @@ def main(network, seeds, evaluations, rho, names, batch, device, plot_path):
         print(f'E x*² = {float(energy.mean()):.4f} ± {float(energy.std()) / len(energy) ** 0.5:.4f} ({name})')
     if plot_path:
         title = f'{os.path.basename(network)}, rho = {rho:g}'
-        clock = f'{"processor " * (device == "cpu")}seconds per image'
-        panels = [plots.Panel(title, 'network evaluations', over_evaluations), plots.Panel(title, clock, over_seconds)]
+        axis = f'{"processor " * (device == "cpu")}seconds per image'
+        panels = [plots.Panel(title, 'network evaluations', over_evaluations), plots.Panel(title, axis, over_seconds)]
         plots.draw(plot_path, panels, 'strong error, grey levels')
 
 

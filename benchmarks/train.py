@@ -44,7 +44,7 @@ SETTINGS = {
 }
 
 
-class Clock:
+class StepTimer:
     """Seconds by part of a step; waits for the GPU at each mark."""
 
     def __init__(self, device: torch.device):
@@ -77,26 +77,26 @@ class TimedTrainer(training_loop.Trainer):
 
     def __init__(self, config: training_loop.Config, run: Run, dataset: Any):
         super().__init__(config, run, dataset)
-        self.clock = Clock(config.device)
+        self.timer = StepTimer(config.device)
         self.loss = 0.0
 
     def timed_step(self) -> float:
-        self.clock.start()
+        self.timer.start()
         batches = self.fetch()
         self.warn_if_not_finite()
-        self.clock.mark('loading')
+        self.timer.mark('loading')
         self.loss = 0.0
         self.accumulate(batches)
-        self.clock.mark('backward')
+        self.timer.mark('backward')
         self.update()
         self.run.cur_nimg += self.config.batch_size
-        self.clock.mark('optimizer')
-        self.clock.stop()
+        self.timer.mark('optimizer')
+        self.timer.stop()
         return self.loss
 
     def objective(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = super().objective(images, labels)
-        self.clock.mark('forward')
+        self.timer.mark('forward')
         self.loss += loss.item()
         return loss
 
@@ -106,7 +106,7 @@ class EagerTrainer(TimedTrainer):
 
     def objective(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = self.loss_fn(self.run.net, images, labels, self.augment_pipe).sum() / self.config.batch_size
-        self.clock.mark('forward')
+        self.timer.mark('forward')
         self.loss += loss.item()
         return loss
 
@@ -157,7 +157,7 @@ def make_trainers(config: training_loop.Config, dataset: Any) -> dict[str, Timed
 
 
 def compare(trainers: dict[str, TimedTrainer], steps: int, warm_up: int) -> dict[str, list[float]]:
-    """Losses of the warm-up, by program, without dropout, whose masks differ; the times after it are in the clocks."""
+    """Losses of the warm-up, by program, without dropout, whose masks differ; the times after it are in the timers."""
     losses = defaultdict(list)
     dropouts = {'eager': torch.nn.functional.dropout}
     for step in range(warm_up + steps):
@@ -168,18 +168,18 @@ def compare(trainers: dict[str, TimedTrainer], steps: int, warm_up: int) -> dict
                 loss = trainers[name].timed_step()
             if step < warm_up:
                 losses[name].append(loss)
-                trainers[name].clock.seconds.clear()
+                trainers[name].timer.seconds.clear()
     return losses
 
 
 def print_table(trainers: dict[str, TimedTrainer], losses: dict[str, list[float]]) -> None:
     batch = next(iter(trainers.values())).config.batch_size
-    totals = {name: [sum(s) for s in zip(*t.clock.seconds.values(), strict=True)] for name, t in trainers.items()}
+    totals = {name: [sum(s) for s in zip(*t.timer.seconds.values(), strict=True)] for name, t in trainers.items()}
     print(f'| program | images/s | {" | ".join(PARTS)} | speed over eager | losses differ by |')
     print('|---' * (len(PARTS) + 4) + '|')
     for name, trainer in trainers.items():
         total = sum(totals[name])
-        shares = ' | '.join(f'{sum(trainer.clock.seconds[part]) / total:.1%}' for part in PARTS)
+        shares = ' | '.join(f'{sum(trainer.timer.seconds[part]) / total:.1%}' for part in PARTS)
         ratios = sorted(eager / own for eager, own in zip(totals['eager'], totals[name], strict=True))
         speed = f'{statistics.median(ratios):.2f} ({ratios[len(ratios) // 4]:.2f}–{ratios[-1 - len(ratios) // 4]:.2f})'
         differs = max(abs(a / b - 1) for a, b in zip(losses[name], losses['eager'], strict=True))

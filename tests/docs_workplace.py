@@ -57,7 +57,7 @@ IMAGES = {
     'out/ddb': (32, 'L'),
     'out/photos': (32, 'RGB'),
     'out/digits-16x16': (16, 'L'),
-    'out/digits-classifier/ddb-rk': (32, 'L'),
+    'out/digits/rk': (32, 'L'),
 }
 NUM_IMAGES = 12
 

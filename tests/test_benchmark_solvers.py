@@ -7,7 +7,8 @@ import click.testing
 import pytest
 import torch
 
-from benchmarks import gaussian_fd, kernel_density, mixture, orders, peers
+from benchmarks import gaussian_fd, kernel_density, mixture, orders, solvers
+from comparison import peers
 
 CI_EVALUATIONS = (16, 32, 64)
 NOISES = [(0, math.inf), (0.5, math.inf), (1, math.inf), (1, 5)]  # eta, S_max of rk
@@ -15,20 +16,20 @@ NOISES = [(0, math.inf), (0.5, math.inf), (1, math.inf), (1, 5)]  # eta, S_max o
 
 @pytest.fixture(scope='module')
 def samplers():
-    return peers.available({**peers.PEERS, **peers.OURS})
+    return solvers.rivals() | solvers.OURS
 
 
 @pytest.mark.parametrize(('eta', 'S_max'), NOISES)
 @pytest.mark.parametrize(('spectrum', 'rho'), [('power', 7), ('two-scale', 7), ('power', 3), ('two-scale', 3)])
 def test_rk_has_the_smallest_exact_frechet_distance(spectrum, rho, eta, S_max):
-    rivals = gaussian_fd.table(spectrum, rho, peers.available(peers.PEERS), CI_EVALUATIONS)
+    rivals = gaussian_fd.table(spectrum, rho, solvers.rivals(), CI_EVALUATIONS)
     [ours] = gaussian_fd.table(spectrum, rho, {'rk': rk_with(eta, S_max)}, CI_EVALUATIONS).values()
     for name, values in rivals.items():
         assert all(mine < theirs / 2 for mine, theirs in zip(ours, values, strict=True)), name
 
 
 def rk_with(eta, S_max):
-    [sampler] = [each for name, each in peers.ours_with([eta], [S_max]).items() if name.startswith('ddb rk')]
+    [sampler] = [each for name, each in solvers.ours_with([eta], [S_max]).items() if name.startswith('rk')]
     return sampler
 
 
@@ -49,7 +50,7 @@ def test_long_steps_keep_the_variance_of_the_data(scheme, factor, tolerance):
     def denoise(x, sigma):
         return x * (stds**2 / (stds**2 + torch.as_tensor(sigma).reshape(-1)[:1] ** 2))
 
-    x = peers.OURS[f'ddb {scheme}'].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
+    x = solvers.OURS[scheme].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
     assert (x.square().sum(0) / stds**2 - 1).abs().max() < tolerance
 
 
@@ -65,13 +66,13 @@ def test_exact_frechet_distance_of_heun_by_an_independent_route():
         slope_next = s_next / (stds**2 + s_next**2) * (1 + (s_next - s) * slope)
         gain = gain * (1 + (s_next - s) * ((slope + slope_next) / 2 if s_next else slope))
     expected = float((gain - stds).square().sum())
-    assert gaussian_fd.frechet_distance(peers.PEERS['EDM Heun'], stds, 15, 7) == pytest.approx(expected, rel=1e-9)
+    assert gaussian_fd.frechet_distance(solvers.HEUN['heun'], stds, 15, 7) == pytest.approx(expected, rel=1e-9)
 
 
 def test_names_tell_the_noise_of_our_schemes():
-    names = [name for name in peers.ours_with([1, 0.5], [math.inf, 5]) if name.startswith('ddb rk')]
-    assert names == ['ddb rk', 'ddb rk, S_max 5', 'ddb rk, eta 0.5', 'ddb rk, eta 0.5, S_max 5']
-    assert 'ddb taylor, eta 1.3, S_noise 0.9' in peers.ours_with([1.3], S_noises=[0.9])
+    names = [name for name in solvers.ours_with([1, 0.5], [math.inf, 5]) if name.startswith('rk')]
+    assert names == ['rk', 'rk, S_max 5', 'rk, eta 0.5', 'rk, eta 0.5, S_max 5']
+    assert 'taylor, eta 1.3, S_noise 0.9' in solvers.ours_with([1.3], S_noises=[0.9])
 
 
 def test_samplers_stay_within_the_evaluations_they_are_charged_for(samplers):
@@ -90,7 +91,7 @@ def test_samplers_stay_within_the_evaluations_they_are_charged_for(samplers):
         assert 18 <= sum(calls.values()) <= 20, name
 
 
-@pytest.mark.skipif('torchsde srk' not in peers.available(peers.PEERS), reason='needs torchsde')
+@pytest.mark.skipif('torchsde-srk' not in peers.installed(), reason='needs torchsde')
 def test_torchsde_takes_one_step_for_each_level():
     drawn = []
 
@@ -118,30 +119,30 @@ def test_columns_are_brownian_motion():
 
 def test_mixture_short_form(samplers):
     path = orders.Path(200, 1)
-    solution = mixture.solve('ddb rk', path, 'mixture', 512)
+    solution = mixture.solve('rk', path, 'mixture', 512)
     strong = {
         name: mixture.errors(name, path, 'mixture', solution, 34)[0] for name in mixture.ON_A_PATH if name in samplers
     }
-    assert min(strong, key=strong.get) == 'ddb rk'
-    assert strong['ddb rk'] < 0.006
+    assert min(strong, key=strong.get) == 'rk'
+    assert strong['rk'] < 0.006
 
 
 def test_command_prints_a_table():
     result = click.testing.CliRunner().invoke(gaussian_fd.main, ['--spectrum=two-scale', '--rho=7'])
     assert result.exit_code == 0, result.output
-    assert '| ddb rk |' in result.output
+    assert '| rk |' in result.output
 
 
-@pytest.mark.skipif('k-diffusion heun' not in peers.available(peers.PEERS), reason='needs k-diffusion')
+@pytest.mark.skipif('k-diffusion-heun' not in peers.installed(), reason='needs k-diffusion')
 def test_heun_is_the_same_in_k_diffusion_and_here():
     stds = torch.tensor([0.5, 0.1], dtype=torch.float64)
     one, other = (
-        gaussian_fd.frechet_distance(peers.PEERS[name], stds, 31, 7) for name in ('EDM Heun', 'k-diffusion heun')
+        gaussian_fd.frechet_distance(solvers.RIVALS[name], stds, 31, 7) for name in ('heun', 'k-diffusion-heun')
     )
     assert one == pytest.approx(other, rel=1e-9)
 
 
-@pytest.mark.skipif('diffusers EDM dpm 2M SDE' not in peers.available(peers.PEERS), reason='needs diffusers')
+@pytest.mark.skipif('diffusers-EDM-dpm-2M-SDE' not in peers.installed(), reason='needs diffusers')
 def test_peer_defect_diffusers_third_order_sde_does_not_run():
     """Its documentation offers solver_order=3 with sde-dpmsolver++; that update does not exist."""
     diffusers = peers.needs('diffusers')
@@ -158,7 +159,7 @@ def test_peer_defect_diffusers_third_order_sde_does_not_run():
 def test_rk_is_nearest_to_a_kernel_density_of_digits(eta, S_max):
     """Its exact denoiser is anything but linear. 2,000 samples: the data's own distance is 0.09."""
     density = kernel_density.KernelDensity(torch.tensor(gaussian_fd.small_digits()), 0.2)
-    rivals = {name: each for name, each in peers.available(peers.PEERS).items() if each.stochastic == (eta > 0)}
+    rivals = {name: each for name, each in solvers.rivals().items() if each.stochastic == (eta > 0)}
     distances = {
         name: kernel_density.distance(density, sampler, 12, 7, 2000, seed=0)
         for name, sampler in {'rk': rk_with(eta, S_max), **rivals}.items()

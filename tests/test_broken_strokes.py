@@ -1,14 +1,11 @@
-"""The benchmark that counts broken digits."""
-
-import sys
-from pathlib import Path
+"""The benchmark that counts broken digits, and tells from which noise level on a network breaks them."""
 
 import numpy as np
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
-
-import broken_strokes
+from benchmarks import broken_strokes
+from benchmarks.digits_classifier import Digits
 
 pytest.importorskip('scipy')
 
@@ -32,3 +29,26 @@ def test_dust_does_not():
 def test_share():
     whole, broken = picture('####', '....', '....'), picture('####', '....', '####')
     assert broken_strokes.share_broken([whole, broken, whole, whole]) == 0.25
+
+
+class TwoImages:
+    """The exact denoiser of a white image and a black one of 2 × 2 pixels."""
+
+    sigma_min, sigma_max = 0.0, float('inf')
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def __call__(self, x, sigma, class_labels=None):
+        return torch.tanh(x.mean([1, 2, 3], keepdim=True) * 4 / sigma.reshape(-1, 1, 1, 1) ** 2).expand_as(x)
+
+
+def test_little_noise_leaves_an_image_and_much_noise_draws_another():
+    white = torch.full([400, 1, 2, 2], 255, dtype=torch.uint8)
+    digits = Digits(white, torch.zeros(400, dtype=torch.int64))
+    little, much = (broken_strokes.resample(TwoImages(), digits, sigma, 24, 100) for sigma in (0.3, 40))
+    assert little.shape == (400, 2, 2)
+    assert little.dtype == np.uint8
+    assert little.min() > 250
+    # At σ = 40 little is known of which image it was: half end white, ± 4 standard errors of 0.025.
+    assert abs((much.mean((1, 2)) > 127).mean() - 0.5) < 0.1

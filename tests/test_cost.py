@@ -38,7 +38,7 @@ def test_plain_is_pytorch_without_our_rules(net):
 
 
 def test_measure_times_four_ways_and_compares_the_tangents():
-    seconds, distance = cost.measure(
+    seconds, distance = cost.time_ways(
         'the shipped network', batch=2, rounds=2, sets=1, dtype=torch.float32, device='cpu'
     )
     assert {way: len(values) for way, values in seconds.items()} == dict.fromkeys(

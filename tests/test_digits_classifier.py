@@ -1,21 +1,14 @@
-import io
+"""benchmarks/digits_classifier.py: what it learns from, that it learns, and how well it says it reads."""
+
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
-import click.testing
-import numpy as np
+import click
 import PIL.Image
 import pytest
 import torch
 
-import generate
 from benchmarks import digits_classifier as dc
-from images import files
-
-TAYLOR = dc.SETTINGS[1]
 
 
 def bars(num, seed=0):
@@ -92,145 +85,7 @@ def test_the_classifier_takes_32x32_digits_to_ten_logits():
     assert logits.shape == (3, 10)
 
 
-# Sampled digits. A stand-in for generate.py paints image k in the grey level of its class, or of another class if k is
-# in `wrong`; a stand-in for the classifier reads the grey level.
-
-
-class ByGreyLevel(torch.nn.Module):
-    def forward(self, x):
-        return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()
-
-
-class Sampler:
-    """Takes the place of subprocess.run: parses each command as generate.py does, then paints."""
-
-    def __init__(self):
-        self.params, self.wrong, self.dies_after = [], set(), math.inf
-
-    def __call__(self, command, **_):
-        assert command[:2] == [sys.executable, str(dc.ROOT / 'generate.py')]
-        if len(self.params) == self.dies_after:
-            raise KeyboardInterrupt
-        params = generate.main.make_context('generate.py', command[2:]).params
-        self.params.append(params)
-        for seed in params['seeds']:
-            grey = 20 * ((params['class_idx'] + (seed in self.wrong)) % 10)
-            path = Path(files.image_path(params['outdir'], seed, False))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(np.full([32, 32], grey, np.uint8)))
-        return subprocess.CompletedProcess(command, 0, '', '')
-
-
-def png(array):
-    data = io.BytesIO()
-    PIL.Image.fromarray(array).save(data, format='png')
-    return data.getvalue()
-
-
-@pytest.fixture
-def sampler(monkeypatch):
-    sampler = Sampler()
-    monkeypatch.setattr(dc.subprocess, 'run', sampler)
-    monkeypatch.setattr(dc, 'fit_judge', lambda data: (ByGreyLevel(), torch.ones(10, 50, dtype=torch.bool)))
-    return sampler
-
-
-@pytest.fixture
-def run(sampler, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'net.pkl').write_bytes(b'a network')
-
-    def run(*args):
-        return click.testing.CliRunner().invoke(dc.main, ['--network=net.pkl', '--outdir=out', '--num=2', *args])
-
-    return run
-
-
-def test_it_asks_generate_for_every_class_and_setting(run, sampler):
-    result = run('--num=100')
-    assert result.exit_code == 0, result.output
-    asked = [(p['randn_like'], p.get('scheme'), p['num_steps'], p.get('rho'), p['class_idx']) for p in sampler.params]
-    settings = [('db', None, 18, None), ('ddb', 'taylor', 40, 7), ('ddb', 'rk', 40, 7)]
-    assert asked == [(*setting, digit) for setting in settings for digit in range(10)]
-    for p in sampler.params:
-        assert p['seeds'] == list(range(100 * p['class_idx'], 100 * p['class_idx'] + 100))
-        assert p['max_batch_size'] == 100
-        assert p['network_pkl'] == 'net.pkl'
-    assert Path('out/ddb-taylor/3/000300.png').is_file()
-
-
-def test_the_table_tells_shares_intervals_and_seconds(run, sampler):
-    sampler.wrong = {4, 13}  # one of class 2, one of class 6, in each setting
-    result = run('--detail')
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    assert cells[0] == ['setting', 'steps', 'read as asked (95% interval)', 'seconds']
-    assert [row[:2] for row in cells[2:5]] == [['db', '18'], ['ddb taylor', '40'], ['ddb rk', '40']]
-    assert all(row[2] == '90.0% (69.9% to 97.2%)' for row in cells[2:5])
-    assert cells[6] == ['by class', *'0123456789']
-    assert cells[8] == ['held-out'] + ['100%'] * 10
-    assert cells[9] == ['db', *['50%' if digit in (2, 6) else '100%' for digit in range(10)]]
-
-
-def test_min_share_decides_the_exit_status(run, sampler):
-    sampler.wrong = {4, 13}
-    assert run('--min-share=0.9').exit_code == 0
-    failed = run('--min-share=0.91')
-    assert failed.exit_code == 1
-    assert 'db: 90.0% is below --min-share=0.91' in failed.output
-
-
-def test_what_is_complete_is_not_sampled_again(run, sampler):
-    sampler.dies_after = 13
-    assert run().exception
-    sampler.dies_after = math.inf
-    first = run()
-    assert len(sampler.params) == 30
-    second = run()
-    assert len(sampler.params) == 30
-    assert first.stdout == second.stdout  # with the seconds of the first time
-
-
-def test_other_images_under_the_same_name_are_sampled_again(run, sampler):
-    run()
-    Path('out/db/7/000014.png').unlink()
-    run()
-    assert [p['class_idx'] for p in sampler.params[30:]] == [7]
-    Path('net.pkl').write_bytes(b'another network')
-    run()
-    assert len(sampler.params) == 61
-    run('--num=3')
-    assert len(sampler.params) == 91
-
-
-def test_a_failure_of_generate_is_passed_on(sampler, tmp_path, monkeypatch):
-    (tmp_path / 'generate.py').write_text('raise SystemExit("Error: no such class")')
-    monkeypatch.undo()
-    monkeypatch.setattr(dc, 'ROOT', tmp_path)
-    job = dc.Job(TAYLOR, 3, 2, 'net.pkl', str(tmp_path / 'out'))
-    with pytest.raises(click.ClickException, match=r'(?s)--class=3 .*exit status 1.*: Error: no such class'):
-        dc.make_images(job, 'id')
-    (tmp_path / 'generate.py').write_text('')
-    with pytest.raises(click.ClickException, match=r'000006\.png is missing'):
-        dc.make_images(job, 'id')
-
-
-def test_a_missing_network_is_one_line(run):
-    result = run('--network=absent.pkl')
-    assert result.exit_code == 1
-    assert result.output.startswith('Error: ')
-    assert 'absent.pkl' in result.output
-
-
-def test_images_of_another_size_or_mode_are_refused(tmp_path):
-    for array in [np.zeros([16, 16], np.uint8), np.zeros([32, 32, 3], np.uint8)]:
-        (tmp_path / '0.png').write_bytes(png(array))
-        with pytest.raises(OSError, match='not a 32x32 grayscale digit'):
-            dc.load_images([tmp_path / '0.png'])
-
-
-# Results.
+# How well it reads.
 
 
 @pytest.mark.parametrize(
@@ -252,27 +107,23 @@ def test_by_class_gathers_the_classes():
     assert torch.equal(dc.by_class(labels, labels), torch.arange(10)[:, None].expand(10, 3))
 
 
-def test_contact_sheet_divides_its_tiles_evenly():
-    digit, nth = torch.meshgrid(torch.arange(10), torch.arange(26), indexing='ij')
-    images = (100 * digit + nth)[:, :, None, None, None].expand(10, 26, 1, 4, 4)
-    sheet = dc.contact_sheet(images)
-    assert sheet.shape == (64, 64)
-    tiles = sheet[::4, ::4].ravel()
-    assert np.array_equal(sheet, np.kron(tiles.reshape(16, 16), np.ones([4, 4])))
-    counts = np.bincount(tiles // 100)
-    assert set(counts) == {25, 26}
-    assert tiles.tolist() == [100 * k + i for k in range(10) for i in range(counts[k])]
+@pytest.mark.parametrize(('grey', 'words'), [(255, None), (0, 'less than 97%: this classifier is no judge')])
+def test_a_classifier_that_misreads_held_out_digits_is_no_judge(monkeypatch, capsys, grey, words):
+    """Read by the grey level of the first pixel, which tells the class or is always 0."""
+    held_out = bars(50)
+    held_out.images[:, 0, 0, 0] = 20 * held_out.labels.to(torch.uint8) * (grey > 0)
+    monkeypatch.setattr(dc, 'load_digits', lambda data: (bars(10), held_out))
+    monkeypatch.setattr(dc, 'fit_classifier', lambda train: ByGreyLevel())
+    if words:
+        with pytest.raises(click.ClickException, match=words):
+            dc.fit_judge('data')
+    else:
+        _, right = dc.fit_judge('data')
+        assert right.shape == (10, 5)
+    told = '10.0% (4.3% to 21.4%)' if words else '100.0% (92.9% to 100.0%)'
+    assert capsys.readouterr().out.startswith(f'Held-out real digits: {told} read right; classifier fitted in ')
 
 
-def test_the_sheet_is_written(run, sampler):
-    result = run('--num=26', '--sheet=pictures/sheet.png')
-    assert result.exit_code == 0, result.output
-    with PIL.Image.open('pictures/sheet.png') as sheet:
-        assert (sheet.mode, sheet.size) == ('L', (512, 512))
-        assert sorted(set(np.asarray(sheet).ravel().tolist())) == list(range(0, 200, 20))
-
-
-def test_the_sheet_needs_enough_images(run):
-    result = run('--sheet=sheet.png')
-    assert result.exit_code == 2
-    assert '--num=26' in result.output
+class ByGreyLevel(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()

@@ -13,12 +13,13 @@ import yaml
 from click.testing import CliRunner
 from docs_commands import FENCE, INDENTED, INLINE, PAGES, ROOT
 
+import compare
 import dataset_tool
 import example
 import fid
 import generate
 import train
-from benchmarks import compare, gaussian_fd, peers
+from benchmarks import gaussian_fd, solvers
 from torch_utils import network_io
 
 COMMANDS = {
@@ -150,7 +151,7 @@ def tables(page: str) -> dict[str, dict[str, list[str]]]:
     [('power', 7, 'power, rho = 7', [1]), ('digits', 3, 'digits, rho = 3, any eta', [0, 0.5, 1.2])],
 )
 def test_rows_of_the_notebook_are_what_the_command_prints(spectrum, rho, title, etas):
-    samplers = {'heun': peers.PEERS['heun'], **peers.ours_with(etas)}
+    samplers = {'heun': solvers.HEUN['heun'], **solvers.ours_with(etas)}
     results = gaussian_fd.table(spectrum, rho, samplers, gaussian_fd.EVALUATIONS)
     page = tables('docs/notebook.md')[title]
     assert {name: page[name] for name in samplers} == {

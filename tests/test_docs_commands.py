@@ -187,9 +187,8 @@ RULES = [
     Rule(r'benchmarks/fd_floor\.py .*', smaller='--splits=2'),
     Rule(r'benchmarks/train\.py .*', smaller='--steps=1 --warm-up=1 --workers=0 --device=cpu', slow=True),
     Rule(r'benchmarks/dataset\.py.*', smaller='--small=100 --large=20 --repeats=1', slow=True),
-    Rule(r'benchmarks/broken_strokes\.py.*'),
     Rule(r'benchmarks/reproducibility\.py.*', smaller=f'--network={TINY} --seeds=0-3', slow=True),
-    Rule(r'benchmarks/training_curve\.py.*', needs='matplotlib'),
+    Rule(r'-m training\.progress .*', needs='matplotlib'),
 ]
 
 # What is not run, and why. Where it says so, something else is.
@@ -200,9 +199,8 @@ NOT_RUN = {
     r'pip install (--no-deps )?[\w-]+': 'needs a package index',
     r'conda .*': 'needs conda; tests/test_packaging.py compares environment.yml with pyproject.toml',
     r'python (-m pytest .*|tests/test_docs\.py)': 'runs tests',
-    r'python benchmarks/digits_classifier\.py.*': 'takes 20 minutes; tests/test_digits_classifier.py runs its parts',
     r'python benchmarks/digits\.py .*': 'fits a classifier; tests/test_digits.py runs it without',
-    r'python benchmarks/where_strokes_break\.py': '4 minutes; tests/test_where_strokes_break.py runs its part',
+    r'python benchmarks/broken_strokes\.py': '4 minutes; tests/test_broken_strokes.py runs its part',
     r'git show .*': 'reads the history, which a shallow clone lacks',
     r'python tests/attacks\.py': 'tests/test_dnnlib_safe_pickle.py and tests/test_network_io.py assert what it prints',
     r'python tests/fuzz/fuzz_network_io\.py .*': 'needs atheris, a compiled package that the tests do not ask for',

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import generate
-from benchmarks import peers
+from comparison import peers
 from sampler_2nd import Denoiser, ito_taylor_sampler, noise_levels
 from sampling import edm
 
@@ -212,7 +212,7 @@ def test_a_k_diffusion_model_gets_what_k_diffusion_would_give_it():
         assert (dtype, tuple(sigma.shape), extra) == (torch.float32, (3,), {'cond': 'words'})
 
 
-@pytest.mark.skipif('k-diffusion heun' not in peers.available(peers.PEERS), reason='needs k-diffusion')
+@pytest.mark.skipif('k-diffusion-heun' not in peers.installed(), reason='needs k-diffusion')
 def test_k_diffusions_own_wrapper_and_sampler_agree(diffusers, unet, net):
     """DiscreteEpsDDPMDenoiser is k-diffusion's way from ε on a DDPM schedule to D."""
     sampling = peers.k_diffusion_sampling()

@@ -72,16 +72,16 @@ def test_drift_of_the_guided_denoiser(pair, w):
 def test_strong_errors_on_shared_paths():
     """A short form of the table: what guidance adds is small against the error of order 1.5 at few steps."""
     path = orders.Path(200, 2)
-    schemes = ('edm heun', 'euler', 'rk', 'rk + drift')
+    schemes = ('heun', 'euler', 'rk', 'rk + drift')
     results = guidance.convergence('smeared', 1.5, path, schemes, steps=(16, 32, 64), fine=256)
     slopes = {scheme: strong.slope for scheme, (strong, _) in results.items()}
-    expected = {'edm heun': 2, 'euler': 0.95, 'rk': 1.65, 'rk + drift': 1.65}
+    expected = {'heun': 2, 'euler': 0.95, 'rk': 1.65, 'rk + drift': 1.65}
     assert slopes == pytest.approx(expected, abs=0.3)
 
 
 def test_command_prints_the_tables(monkeypatch):
     monkeypatch.setattr(guidance, 'GUIDANCE', (2,))
-    monkeypatch.setattr(guidance, 'SCHEMES', {'edm heun': 0.0, 'euler': 1.0, 'rk': 1.0})
+    monkeypatch.setattr(guidance, 'SCHEMES', {'heun': 0.0, 'euler': 1.0, 'rk': 1.0})
     monkeypatch.setattr(guidance.convergence, '__defaults__', (guidance.SCHEMES, guidance.STEPS, 128))
     run = CliRunner().invoke(guidance.main, ['--paths=4'], catch_exceptions=False)
     assert run.exit_code == 0

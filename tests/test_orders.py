@@ -19,17 +19,17 @@ def cache():
 
 @pytest.mark.parametrize('row', orders.ROWS, ids=lambda row: row.name)
 def test_order(row, cache):
-    result = orders.measure(row, cache)
+    result = orders.convergence_of(row, cache)
     print(orders.format_row(row, result))
     assert result.slope == pytest.approx(row.order, abs=row.tolerance)
 
 
 @pytest.mark.parametrize('row', orders.ABLATION_ROWS, ids=lambda row: row.name)
 def test_ablation_misses_the_order_of_its_scheme(row, cache):
-    result = orders.measure(row, cache)
+    result = orders.convergence_of(row, cache)
     print(orders.format_row(row, result))
     assert result.slope == pytest.approx(row.order, abs=row.tolerance)
-    whole = orders.measure(row._replace(scheme=row.scheme.split(',')[0]), cache)
+    whole = orders.convergence_of(row._replace(scheme=row.scheme.split(',')[0]), cache)
     assert math.isnan(whole.slope) or result.slope < whole.slope - 0.3  # nan: lost in Monte Carlo noise
     assert result.errors[-1] > (10 if math.isnan(whole.slope) else 2) * whole.errors[-1]
 
@@ -43,7 +43,7 @@ def test_errors_are_those_of_the_prototype(cache):
     """Measured earlier by an independent program, with 12,000 paths: 32 to 128 steps on the mixture."""
     for scheme, expected in [('euler', [6.2e-2, 3.2e-2, 1.6e-2]), ('taylor', [8.9e-3, 3.3e-3, 1.2e-3])]:
         (row,) = find('strong', scheme, 'mixture')
-        assert orders.measure(row, cache).errors[:3] == pytest.approx(expected, rel=0.2)
+        assert orders.convergence_of(row, cache).errors[:3] == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize('sigma_max', [0.5, 2.0])

@@ -75,7 +75,7 @@ def test_type_checker_sees_every_script_and_package():
 
 
 def test_extras_and_python_versions():
-    assert {'test', 'plot', 'tensorboard', 'hub', 'data', 'offline', 'bench'} <= set(EXTRAS)
+    assert {'test', 'plot', 'compare', 'tensorboard', 'hub', 'data', 'offline', 'bench'} <= set(EXTRAS)
     allowed = Requirement(f'python{PROJECT["requires-python"]}').specifier
     assert all(version in allowed for version in PYTHONS)
     assert '3.9' not in allowed

@@ -30,7 +30,7 @@ def test_a_diagram_has_a_panel_for_each_axis_and_rates_in_the_legend(tmp_path, m
     pyplot = pytest.importorskip('matplotlib.pyplot')
     figures = []
     monkeypatch.setattr(pyplot, 'close', figures.append)
-    lines = {'ddb rk': (WORK, [n**-2.0 for n in WORK]), 'EDM Heun': (WORK, [n**-1.0 for n in WORK])}
+    lines = {'rk': (WORK, [n**-2.0 for n in WORK]), 'heun': (WORK, [n**-1.0 for n in WORK])}
     seconds = {name: ([n / 7 for n in work], errors) for name, (work, errors) in lines.items()}
     panels = [plots.Panel('digits', 'network evaluations', lines), plots.Panel('digits', 'seconds per image', seconds)]
     plots.draw(str(tmp_path / 'plot.png'), panels, 'error')
@@ -40,7 +40,7 @@ def test_a_diagram_has_a_panel_for_each_axis_and_rates_in_the_legend(tmp_path, m
     assert ticks[0] == ['8', '16', '32']
     assert not any('.' in tick for tick in ticks[1])
     for ax in figure.axes:
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == ['ddb rk: 2.0', 'EDM Heun: 1.0']
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ['rk: 2.0', 'heun: 1.0']
         ours, theirs = ax.get_lines()
         assert ours.get_linewidth() > theirs.get_linewidth()
     with PIL.Image.open(tmp_path / 'plot.png') as image:

@@ -28,7 +28,7 @@ def test_the_images_are_those_of_generate(net, scheme, batch, pixels):
     sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
     classes, cpu = range(net.label_dim), torch.device('cpu')
     [(_, images)] = draw.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
-    mine, seconds = problem.solve(f'ddb {scheme}', 4)
+    mine, seconds = problem.solve(scheme, 4)
     difference = np.abs(draw.to_uint8(mine).astype(int) - images)
     assert seconds > 0
     assert difference.max() <= 1
@@ -49,18 +49,18 @@ def test_errors_fall_with_the_steps(monkeypatch):
     monkeypatch.setattr(solver_error, 'SOLUTION_STEPS', 32)
     drawn = []
     monkeypatch.setattr(solver_error.plots, 'draw', lambda _, panels, *__: drawn.extend(panels))
-    arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=ddb rk', '--plot=plot.png']
+    arguments = ['--seeds=0,1', '--evaluations=4,16', '--sampler=rk', '--plot=plot.png']
     result = click.testing.CliRunner().invoke(solver_error.main, arguments)
     assert result.exit_code == 0, result.output
     header, _, row, energy = result.output.splitlines()
-    assert re.fullmatch(r'E x\*² = 0\.\d{4} ± 0\.\d{4} \(ddb rk\)', energy)
+    assert re.fullmatch(r'E x\*² = 0\.\d{4} ± 0\.\d{4} \(rk\)', energy)
     assert header == '| strong error; weak error | 4 | 16 |'
     name, *cells = row.strip('| ').split(' | ')
     coarse, fine = (float(cell.split(';')[0]) for cell in cells)
-    assert name == 'ddb rk'
+    assert name == 'rk'
     assert fine < coarse
     assert [panel.xlabel for panel in drawn] == ['network evaluations', 'processor seconds per image']
-    (work, errors), (seconds, same_errors) = (panel.lines['ddb rk'] for panel in drawn)
+    (work, errors), (seconds, same_errors) = (panel.lines['rk'] for panel in drawn)
     assert work == [4, 16]
     assert errors == same_errors == pytest.approx([coarse, fine], abs=0.05)
     assert len(seconds) == 2
@@ -70,7 +70,7 @@ def test_errors_fall_with_the_steps(monkeypatch):
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ('--sampler=EDM Heun', "--sampler='EDM Heun' is not one of: k-diffusion dpmpp_2m_sde"),
+        ('--sampler=heun', "--sampler='heun' is not one of: k-diffusion-dpmpp_2m_sde"),
         ('--seeds=3', '--seeds: one image has no standard error'),
         ('--device=gpu', "--device must be 'cuda', 'cuda:N', 'mps' or 'cpu', got 'gpu'"),
     ],

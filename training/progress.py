@@ -1,4 +1,7 @@
-"""What a run tells about itself: the status line, stats.jsonl, loss.png and TensorBoard."""
+"""What a run tells about itself: the status line, stats.jsonl, loss.png and TensorBoard.
+
+As a command it draws the losses of several runs: python -m training.progress STATS.JSONL… --dest=loss.png
+"""
 
 import contextlib
 import json
@@ -9,12 +12,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
 import dnnlib
+from dnnlib.options import NewFile
 from torch_utils import distributed as dist
 from torch_utils import training_stats
+from torch_utils.errors import one_line_errors
 from training.run_state import Run
 
 
@@ -139,3 +145,29 @@ class TensorBoard:
 
     def add_samples(self, nimg: int, picture: np.ndarray) -> None:
         self._writer.add_image('samples', picture, nimg, dataformats='HWC')
+
+
+@click.command(context_settings={'show_default': True, 'max_content_width': 120})
+@click.argument('stats', nargs=-1, metavar='STATS.JSONL...', required=True)
+@click.option('--dest', help='Picture to write', metavar='PNG', type=NewFile('.png'), default='out/loss.png')
+def main(stats: tuple[str, ...], dest: str) -> None:
+    """Draw training curves of one run or several, and print their last values.
+
+    \b
+    python -m training.progress training-runs/00000-…/stats.jsonl --dest=loss.png
+    """
+    with one_line_errors():
+        for path in stats:
+            kimg, loss = read_losses(path)
+            if not kimg:
+                raise click.ClickException(f'{path} has no line of a training run; name the stats.jsonl of one')
+            click.echo(f'{path}: {len(kimg)} ticks, last loss {loss[-1]:.4f} at {kimg[-1]:.1f} kimg')
+        try:
+            draw_losses({path: path for path in stats}, dest)
+        except ImportError:
+            raise click.ClickException('drawing needs matplotlib: pip install -e ".[plot]"') from None
+    click.echo(f'Saved {dest}')
+
+
+if __name__ == '__main__':
+    main()

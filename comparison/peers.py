@@ -1,4 +1,4 @@
-"""Other people's samplers behind one call: sampler(denoise, x, sigmas, noise) → images.
+"""Other people's samplers behind one call: run(denoise, x, sigmas, noise) → images.
 
     denoise(x, sigma)   the denoiser, with a 0-dim or 1-dim sigma of equal entries
     x                   the state at sigmas[0], any shape [N, …]
@@ -14,22 +14,22 @@ import importlib
 import importlib.util
 import itertools
 import math
-import os
 import sys
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a checkout works uninstalled
-
 import sampler_2nd
-from sampling import edm
 
 # k-diffusion asks for wandb, clip-anytorch and torchvision, which its samplers do not use.
 INSTALL = 'pip install -e ".[bench]" && pip install --no-deps k-diffusion'
+
+
+# ----------------------------------------------------------------------------
+# Noise.
 
 
 class Columns:
@@ -74,12 +74,40 @@ class Columns:
         return value
 
 
+class SeededNoise(Columns):
+    """Fresh normals, and Brownian motion, made of the random numbers of the seeds."""
+
+    def __init__(self, x: torch.Tensor, randn_like: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__(count=1, dim=1)
+        self._eye = self._eye.to(x)  # Brownian motion starts at 0 times this
+        self._x, self._randn_like = x, randn_like
+
+    def fresh(self, *_: Any) -> torch.Tensor:
+        return self._randn_like(self._x)
+
+
+class Normals:
+    """Standard normals from one generator; a peer that asks by times gets independent increments."""
+
+    def __init__(self, seed, shape):
+        self._generator, self._shape = torch.Generator().manual_seed(seed), shape
+
+    def fresh(self, *_):
+        return torch.randn(self._shape, generator=self._generator, dtype=torch.float64)
+
+    __call__ = fresh
+
+
+# ----------------------------------------------------------------------------
+# Packages.
+
+
 def needs(module):
     """The module, or one line that says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise click.ClickException(f'this benchmark needs {module.split(".")[0]}: {INSTALL}') from None
+        raise click.ClickException(f'this sampler needs {module.split(".")[0]}: {INSTALL}') from None
 
 
 # ----------------------------------------------------------------------------
@@ -89,10 +117,9 @@ def needs(module):
 @functools.cache
 def k_diffusion_sampling():
     """k_diffusion/sampling.py alone: the package wants wandb, clip and torchvision, which samplers do not need."""
-    spec = importlib.util.find_spec('k_diffusion')
-    if spec is None:
-        needs('k_diffusion')
-    package, utils = types.ModuleType('k_diffusion'), types.ModuleType('k_diffusion.utils')
+    spec: Any = importlib.util.find_spec('k_diffusion') or needs('k_diffusion')
+    package: Any = types.ModuleType('k_diffusion')
+    utils: Any = types.ModuleType('k_diffusion.utils')
     package.__path__ = list(spec.submodule_search_locations)
     utils.append_dims = lambda x, ndim: x[(...,) + (None,) * (ndim - x.ndim)]
     package.utils, package.__spec__ = utils, spec
@@ -118,7 +145,7 @@ def torchsde_srk(denoise, x, sigmas, noise):
 
     It evaluates the first of its two stages twice, and once more to check shapes. We charge what the scheme needs: two.
     """
-    torchsde = needs('torchsde')
+    torchsde: Any = needs('torchsde')
     taus = [sigma**-2 for sigma in sigmas[:-1]]
 
     class Equation(torch.nn.Module):
@@ -170,7 +197,7 @@ def diffusers_dpm(denoise, x, sigmas, noise):
     )
     scheduler.set_timesteps(len(sigmas) - 1)
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
-    module = sys.modules[type(scheduler).__module__]
+    module: Any = sys.modules[type(scheduler).__module__]
     draw = module.randn_tensor
     module.randn_tensor = lambda *args, **kwargs: noise.fresh()
     try:
@@ -186,34 +213,14 @@ def diffusers_dpm(denoise, x, sigmas, noise):
 
 
 # ----------------------------------------------------------------------------
-# Ours.
+# The list.
+
+PACKAGES = {'k-diffusion': 'k_diffusion', 'diffusers': 'diffusers', 'torchsde': 'torchsde'}  # name → module
 
 
-def as_network(denoise, sigmas):
-    """A network whose known noise levels are the `sigmas`: any schedule is one of ours then."""
+class Solver(NamedTuple):
+    """`run` is the call of the head of this file."""
 
-    def net(x, sigma, class_labels=None):
-        return denoise(x, sigma)
-
-    net.round_sigma = lambda sigma: torch.tensor(sigmas[:-1], dtype=torch.float64) if sigma.ndim else sigma
-    return net
-
-
-def ours(sampler, **kwargs):
-    def run(denoise, x, sigmas, noise):
-        ends = {'sigma_max': sigmas[0], 'sigma_min': sigmas[0] / 2, 'num_steps': len(sigmas) - 1}  # round_sigma decides
-        return sampler(as_network(denoise, sigmas), x / sigmas[0], randn_like=noise.fresh, **ends, **kwargs)
-
-    return run
-
-
-# ----------------------------------------------------------------------------
-# The list: name → (sampler, stochastic, evaluations as a function of the number of noise levels N).
-
-CHURN = {'S_churn': 40, 'S_min': 0.05, 'S_max': 50, 'S_noise': 1.003}  # of EDM's ImageNet-64
-
-
-class Sampler(NamedTuple):
     run: Callable[..., torch.Tensor]
     stochastic: bool
     per_step: int = 1  # evaluations; a JVP counts as one more
@@ -225,53 +232,40 @@ class Sampler(NamedTuple):
 
 
 PEERS = {
-    'k-diffusion dpmpp_2m_sde': Sampler(k_diffusion('sample_dpmpp_2m_sde'), True),
-    'k-diffusion dpmpp_3m_sde': Sampler(k_diffusion('sample_dpmpp_3m_sde'), True),
-    'k-diffusion dpmpp_sde': Sampler(k_diffusion('sample_dpmpp_sde'), True, 2, -1),
-    'k-diffusion euler_ancestral': Sampler(k_diffusion('sample_euler_ancestral'), True),
-    'diffusers EDM dpm 2M SDE': Sampler(diffusers_dpm, True),
-    'torchsde srk': Sampler(torchsde_srk, True, 2, -1),
-    'EDM churn 40': Sampler(ours(edm.edm_sampler, **CHURN), True, 2, -1),
-    'EDM Heun': Sampler(ours(edm.edm_sampler), False, 2, -1),
-    'k-diffusion heun': Sampler(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
-    'k-diffusion dpmpp_2m': Sampler(k_diffusion('sample_dpmpp_2m', stochastic=False), False),
+    'k-diffusion-dpmpp_2m_sde': Solver(k_diffusion('sample_dpmpp_2m_sde'), True),
+    'k-diffusion-dpmpp_3m_sde': Solver(k_diffusion('sample_dpmpp_3m_sde'), True),
+    'k-diffusion-dpmpp_sde': Solver(k_diffusion('sample_dpmpp_sde'), True, 2, -1),
+    'k-diffusion-euler_ancestral': Solver(k_diffusion('sample_euler_ancestral'), True),
+    'diffusers-EDM-dpm-2M-SDE': Solver(diffusers_dpm, True),
+    'torchsde-srk': Solver(torchsde_srk, True, 2, -1),
+    'k-diffusion-heun': Solver(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
+    'k-diffusion-dpmpp_2m': Solver(k_diffusion('sample_dpmpp_2m', stochastic=False), False),
 }
 
 
-def ours_with(etas=(1.0,), S_maxes=(math.inf,), S_noises=(1.0,)):
-    """Our schemes with each of these strengths of noise, up to each of these noise levels, times each of these factors.
-
-    A name tells what is unusual.
-    """
-    samplers = {}
-    for eta, S_max, S_noise in itertools.product(etas, S_maxes, S_noises):
-        told = '' if eta == 1 else f', eta {eta:g}'
-        told += '' if S_max == math.inf else f', S_max {S_max:g}'
-        told += '' if S_noise == 1 else f', S_noise {S_noise:g}'
-        for scheme, costs in [('taylor', (2, -1)), ('rk', (1, 0))]:
-            run = ours(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta, S_max=S_max, S_noise=S_noise)
-            samplers[f'ddb {scheme}{told}'] = Sampler(run, eta > 0, *costs)
-    return samplers
+def package_of(name: str) -> str:
+    """'k-diffusion-heun' → 'k-diffusion', as pip knows it."""
+    return next(package for package in PACKAGES if name.startswith(package))
 
 
-OURS = ours_with()
+def installed() -> dict[str, Solver]:
+    """The `PEERS` whose package is there."""
+    missing = {package for package, module in PACKAGES.items() if importlib.util.find_spec(module) is None}
+    return {name: sampler for name, sampler in PEERS.items() if package_of(name) not in missing}
 
 
-def noise_options(command):
-    """--eta, --S_max and --S_noise of our schemes: what `ours_with` takes, by its names."""
-    below_sqrt_3, not_negative = click.FloatRange(0, math.sqrt(3), max_open=True), click.FloatRange(0)
-    several = {'metavar': 'FLOAT', 'multiple': True}
-    for option in [
-        click.option('--S_noise', 'S_noises', help='Factor on it', default=[1.0], type=not_negative, **several),
-        click.option('--S_max', 'S_maxes', help='Its highest level', default=[math.inf], type=not_negative, **several),
-        click.option('--eta', 'etas', help='Noise of ours', default=[1.0], type=below_sqrt_3, **several),
-    ]:
-        command = option(command)
-    return command
+def make(name: str, num_steps: int, rho: float) -> Callable[..., torch.Tensor]:
+    """A peer as `sampling.choose.make` makes ours: the same noise levels, and the random numbers of the seeds."""
 
+    @torch.no_grad()
+    def sampler(net, latents, class_labels=None, randn_like=torch.randn_like):
+        sigmas = sampler_2nd.noise_levels(net, num_steps, sigma_min=0.002, sigma_max=80, rho=rho)
+        network = sampler_2nd.Denoiser(net, class_labels)
+        x = latents.to(sampler_2nd.state_dtype(latents.device)) * sigmas[0]
 
-def available(samplers):
-    """Those whose package is installed."""
-    packages = {'k-diffusion': 'k_diffusion', 'diffusers': 'diffusers', 'torchsde': 'torchsde'}
-    missing = {name for name, package in packages.items() if importlib.util.find_spec(package) is None}
-    return {name: sampler for name, sampler in samplers.items() if name.split()[0] not in missing}
+        def denoise(x, sigma):
+            return network(x, torch.as_tensor(sigma).reshape(-1)[0])
+
+        return PEERS[name].run(denoise, x, sigmas, SeededNoise(x, randn_like))
+
+    return sampler

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 
-class Record:
-    """Results by what they are of, a line of JSON each in a file, so that a stopped benchmark goes on where it was.
+class ResultsFile:
+    """Results by what they are of, a line of JSON each, so that a stopped comparison goes on where it was.
 
-    Both sides are dicts of plain values. A line is on the disk before its result is returned; a line that a kill has
+    Both sides are dicts of plain values; `translate` turns what an older version said of a result into today's words.
+    A line is on the disk before its result is returned; a line that a kill has
     cut short is the last one, has no end, and is taken out again.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, translate: Callable[[dict[str, Any]], dict[str, Any]] = dict):
         self._path, self._known = Path(path), {}
         if not self._path.exists():
             return
@@ -25,9 +26,9 @@ class Record:
         for number, line in enumerate(lines, start=1):
             try:
                 of, result = json.loads(line)
-            except ValueError:
-                raise ValueError(f'{self._path}, line {number} is no result of a benchmark; delete it') from None
-            self._known[_key(of)] = result
+                self._known[_key(translate(of))] = result
+            except (ValueError, TypeError, AttributeError):
+                raise ValueError(f'{self._path}, line {number} is no result of a comparison; delete it') from None
 
     def __contains__(self, of: dict[str, Any]) -> bool:
         return _key(of) in self._known
