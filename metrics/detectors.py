@@ -47,7 +47,7 @@ class Detector:
 
 
 @dataclass(frozen=True)
-class Network:
+class FeatureNetwork:
     """A built-in network; `file` finds its weights if the user names none."""
 
     title: str
@@ -87,14 +87,14 @@ def _efficientnet_file() -> str:
 
 
 NETWORKS = {
-    'inception-2015-12-05': Network(
+    'inception-2015-12-05': FeatureNetwork(
         title='FID',
         resize='TF1 bilinear 299',
         build=InceptionV3,
         sha256='6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2',
         file=_inception_file,
     ),
-    'efficientnet-lite0': Network(
+    'efficientnet-lite0': FeatureNetwork(
         title='FD (efficientnet-lite0, 1280)',
         resize='bicubic 224',
         build=EfficientNetLite0,

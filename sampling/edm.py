@@ -125,7 +125,6 @@ def ablation_sampler(
         t_hat = curve.sigma_inv(round_sigma(net, (1 + gamma) * sigma_cur))
         added = math.sqrt(max(curve.sigma(t_hat) ** 2 - sigma_cur**2, 0))
         x_hat = s(t_hat) / s(t_cur) * x + added * s(t_hat) * S_noise * randn_like(x)
-
         x, D = _ode_step(slope, x_hat, t_hat, t_next - t_hat, alpha if solver == 'heun' and t_next > 0 else None)
         sampler_2nd.check_finite(x, i, num_steps)
         if callback is not None:

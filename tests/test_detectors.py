@@ -106,7 +106,7 @@ def test_a_file_of_weights_is_found_by_either_name_and_has_to_have_the_hash(tmp_
     with pytest.raises(DetectorError, match='not that of a known file of weights: 6726825d… '):
         load_detector('inception-2015-12-05', CPU)
     entry = vars(detectors.NETWORKS['inception-2015-12-05']) | {'sha256': pooch.file_hash(str(path), 'sha256')}
-    monkeypatch.setitem(detectors.NETWORKS, 'inception-2015-12-05', detectors.Network(**entry))
+    monkeypatch.setitem(detectors.NETWORKS, 'inception-2015-12-05', detectors.FeatureNetwork(**entry))
     by_name, by_path = load_detector('inception-2015-12-05', CPU), load_detector(str(path), CPU)
     assert by_name.title == by_path.title == 'FID'
     assert by_name.weights_sha256 == entry['sha256']
@@ -122,7 +122,7 @@ def test_weights_run_no_code(tmp_path, monkeypatch):
     path = tmp_path / 'weights.pth'
     torch.save({'fc.bias': Attack()}, path)
     entry = vars(detectors.NETWORKS['inception-2015-12-05']) | {'sha256': pooch.file_hash(str(path), 'sha256')}
-    monkeypatch.setitem(detectors.NETWORKS, 'inception-2015-12-05', detectors.Network(**entry))
+    monkeypatch.setitem(detectors.NETWORKS, 'inception-2015-12-05', detectors.FeatureNetwork(**entry))
     with pytest.raises(Exception, match=r'weights_only|Unsupported|not an allowed'):
         load_detector(str(path), CPU)
 

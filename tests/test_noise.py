@@ -17,7 +17,7 @@ KINDS = [(1, False), (1, True), (0.25, False), (2.25, False)]
 LEVELS = [80.0, 31.0, 30.0, 5.5, math.e, 1.0, 0.99, 0.31, 0.004, 0.002]
 
 
-class Columns(BrownianPath):
+class PathOfColumns(BrownianPath):
     """A path whose normals are unit vectors, so that covariances are exact inner products."""
 
     def __init__(self, count):
@@ -36,7 +36,7 @@ def steps_of(levels):
 @pytest.mark.parametrize(('kappa', 'time_integral'), KINDS)
 def test_law_of_the_steps_of_a_grid(kappa, time_integral):
     """Each step's (N, Z) has the exact covariance, and different steps are uncorrelated."""
-    path, like = Columns(1000), torch.zeros(1, 1000)
+    path, like = PathOfColumns(1000), torch.zeros(1, 1000)
     pairs = [torch.cat(path.pair(like, *ends, kappa, time_integral)) for ends in steps_of(LEVELS)]
     for i, (pair, (sigma, sigma_next)) in enumerate(zip(pairs, steps_of(LEVELS), strict=True)):
         h = sampler_2nd.grid_lambda(sigma_next) - sampler_2nd.grid_lambda(sigma)

@@ -24,7 +24,7 @@ import train
 from images import pictures
 from sampling import draw
 from torch_utils import distributed, interrupts, misc, network_io
-from training import networks, progress, run_state, training_loop
+from training import networks, reporter, run_state, training_loop
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 900  # seconds: a loaded machine is no failure
@@ -457,8 +457,8 @@ def test_samples_are_those_of_generate(finished):
 def test_loss_curve(data, finished, tmp_path):
     pytest.importorskip('matplotlib')
     stats = finished / 'stats.jsonl'
-    assert progress.read_losses(stats)[0] == pytest.approx([0.016, 1.024, 2])
-    progress.draw_losses({'loss': stats}, tmp_path / 'loss.png')
+    assert reporter.read_losses(stats)[0] == pytest.approx([0.016, 1.024, 2])
+    reporter.draw_losses({'loss': stats}, tmp_path / 'loss.png')
     with PIL.Image.open(tmp_path / 'loss.png') as picture:
         assert picture.size == (600, 320)
 

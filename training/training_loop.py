@@ -22,7 +22,7 @@ from torch_utils import distributed as dist
 from torch_utils import misc, network_io, training_stats
 from torch_utils.interrupts import Interrupts, outlast_signals
 from training import networks
-from training.progress import Reporter, TensorBoard, draw_losses
+from training.reporter import Reporter, TensorBoard, draw_losses
 from training.run_state import Run
 
 MAX_WARNINGS = 10  # of losses that are not finite

@@ -1,6 +1,6 @@
 """What a run tells about itself: the status line, stats.jsonl, loss.png and TensorBoard.
 
-As a command it draws the losses of several runs: python -m training.progress STATS.JSONL… --dest=loss.png
+As a command it draws the losses of several runs: python -m training.reporter STATS.JSONL… --dest=loss.png
 """
 
 import contextlib
@@ -154,7 +154,7 @@ def main(stats: tuple[str, ...], dest: str) -> None:
     """Draw training curves of one run or several, and print their last values.
 
     \b
-    python -m training.progress training-runs/00000-…/stats.jsonl --dest=loss.png
+    python -m training.reporter training-runs/00000-…/stats.jsonl --dest=loss.png
     """
     with one_line_errors():
         for path in stats:
