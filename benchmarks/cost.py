@@ -12,16 +12,14 @@ matter of luck. The last column is the relative distance between the two tangent
 autocast, `--device=cuda` on a GPU.
 """
 
-import contextlib
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
-from unittest import mock
 
 import click
 import torch
@@ -30,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from sampling.networks import SHIPPED_NETWORK, prepare_for_cpu
 from torch_utils import distributed, network_io
-from training import networks
+from training import fast, networks
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 WAYS = 'ours forward', 'plain forward', 'ours jvp', 'plain jvp'
@@ -42,32 +40,6 @@ NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'the shipped network': lambda: network_io.load_network(str(SHIPPED_NETWORK)),
     'ADM, 64 channels': lambda: networks.EDMPrecond(32, 3, label_dim=10, model_channels=64),
 }
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """Networks built from plain PyTorch operations, as they would be without the rules of training/networks.py."""
-    rules = {
-        '_split_dual': lambda x, *params: (x, None),
-        '_may_overwrite': lambda *tensors: False,
-        '_winograd_pays': lambda x, weight: False,
-        '_upsample_and_convolve': upsample_then_convolve,
-    }
-    attend = mock.patch.object(networks.UNetBlock, '_attend', attend_by_matrix_products)
-    with mock.patch.multiple(networks, **rules), attend:
-        yield
-
-
-def upsample_then_convolve(
-    x: torch.Tensor, f: torch.Tensor, f_pad: int, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return networks._convolve_same(networks._resample(x, f, True, f_pad), weight, bias)
-
-
-def attend_by_matrix_products(block: Any, x: torch.Tensor) -> torch.Tensor:
-    heads = [x.shape[0] * block.num_heads, x.shape[1] // block.num_heads, 3, -1]
-    q, k, v = block.qkv(block.norm2(x)).reshape(heads).unbind(2)
-    return block.proj((v @ networks.AttentionOp.apply(q, k).transpose(1, 2)).reshape(x.shape))
 
 
 def randomize_zeros(net: torch.nn.Module) -> None:
@@ -103,15 +75,14 @@ class Arm:
 def serve(pipe: Connection, way: str, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
     """The process of an `Arm`: answer until the other end of the pipe is closed."""
     call = prepare(way, name, batch, dtype, device)
-    with plain() if way.startswith('plain') else contextlib.nullcontext():
-        while True:
-            try:
-                pipe.recv()
-            except EOFError:
-                return
-            timed(call)  # finds the processor's caches full of the other arms' numbers
-            seconds, result = timed(call)
-            pipe.send((seconds, result.float().cpu().numpy()))
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        timed(call)  # finds the processor's caches full of the other arms' numbers
+        seconds, result = timed(call)
+        pipe.send((seconds, result.float().cpu().numpy()))
 
 
 def timed(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -127,7 +98,7 @@ def prepare(way: str, name: str, batch: int, dtype: torch.dtype, device: str) ->
     torch.manual_seed(0)
     net: Any = NETWORKS[name]().eval().requires_grad_(False)
     randomize_zeros(net)
-    net.to(device)
+    (fast.install if way.startswith('ours') else fast.remove)(net.to(device))
     if way.startswith('ours') and device == 'cpu':
         prepare_for_cpu(net)
     x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution]).to(device)

@@ -18,7 +18,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import numpy as np
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT))  # a checkout works uninstalled
 
 import train  # noqa: E402
 from benchmarks.cost import randomize_zeros  # noqa: E402
-from training import networks, training_loop  # noqa: E402
+from training import fast, networks, training_loop  # noqa: E402
 from training.dataset import ImageFolderDataset  # noqa: E402
 from training.run_state import Run  # noqa: E402
 
@@ -147,6 +146,8 @@ def make_trainers(config: training_loop.Config, dataset: Any) -> dict[str, Timed
     randomize_zeros(source)
     for name in ('eager', 'channels_first', 'train.py'):
         net = copy.deepcopy(source).to(config.device).train()
+        if name != 'eager':
+            fast.install(net)
         if name == 'train.py':
             net = training_loop.set_memory_format(net)
         plain = {'foreach': False, 'fused': False} if name == 'eager' else {}
@@ -159,17 +160,23 @@ def make_trainers(config: training_loop.Config, dataset: Any) -> dict[str, Timed
 def compare(trainers: dict[str, TimedTrainer], steps: int, warm_up: int) -> dict[str, list[float]]:
     """Losses of the warm-up, by program, without dropout, whose masks differ; the times after it are in the timers."""
     losses = defaultdict(list)
-    dropouts = {'eager': torch.nn.functional.dropout}
     for step in range(warm_up + steps):
         for name in list(trainers)[:: 1 if step % 2 else -1]:
             torch.manual_seed(step)
-            dropout = dropouts.get(name, networks._dropout) if step >= warm_up else lambda x, p: x
-            with mock.patch.object(networks, '_dropout', dropout):
-                loss = trainers[name].timed_step()
+            set_dropout(
+                trainers[name].run.net, trainers[name].config.network_kwargs['dropout'] if step >= warm_up else 0
+            )
+            loss = trainers[name].timed_step()
             if step < warm_up:
                 losses[name].append(loss)
                 trainers[name].timer.seconds.clear()
     return losses
+
+
+def set_dropout(net: torch.nn.Module, p: float) -> None:
+    for block in net.modules():
+        if isinstance(block, networks.UNetBlock):
+            block.dropout = p
 
 
 def print_table(trainers: dict[str, TimedTrainer], losses: dict[str, list[float]]) -> None:

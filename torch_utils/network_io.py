@@ -52,9 +52,11 @@ KNOWN_SOURCES = {
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
     'f42da8235e12dafb20a31a64e3bfc5dd8e9fcf46de386ab513321f44e365e63a': 'version 0.1.0 of this project, 26 November',
     '6bf4850a62925903bbde449df1f0108e2955f3ff2fe6baa568ed60a87e758e68': 'version 0.1.0 of this project, shipped before',
+    'c3abde1182ae5ebf006bfc05e3b4d9c95c769261f3c162386efd39de8d27b8ad': 'version 0.1.0 of this project, 28 November',
     '4792ae7b208860284c08b94adc94bce11f878231ba37100066d97021b6f0db35': 'version 0.1.0 of this project, shipped',
 }
 
+INSTALL_RULES = 'training.fast.install'  # of speed and forward mode, which every network that is read gets
 ENDINGS = ('.pkl', '.safetensors')
 MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
 MAX_LIST = 64
@@ -93,6 +95,7 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
             _warn_of_unknown_source(stored, path_or_url)
     except ValueError as err:
         raise NetworkFileError(f'{path_or_url}: {dnnlib.util.one_line(err)}') from None
+    dnnlib.util.call_func_by_name(net, func_name=INSTALL_RULES)
     return net.eval().requires_grad_(False)
 
 

@@ -78,6 +78,17 @@ def persistent_class(orig_class: type) -> type:
     return Persistent
 
 
+def stored_as_its_base(derived: type) -> type:
+    """Class decorator: instances of `derived` pickle as those of the persistent class that it derives from.
+
+    For a class that computes the same in another way, and has no state of its own.
+    """
+    if derived.__base__ not in _persistent_classes:
+        raise TypeError(f'{derived.__name__} does not derive from a persistent class')
+    _persistent_classes.add(derived)
+    return derived
+
+
 def is_persistent(obj: Any) -> bool:
     """True if `obj` is a persistent class or an instance of one."""
     return (obj if isinstance(obj, type) else type(obj)) in _persistent_classes

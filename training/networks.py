@@ -1,9 +1,9 @@
 """Denoising U-Nets (DDPM++, NCSN++, ADM) and the preconditioners that turn them into denoisers D(x; σ).
 
 Every class is stored inside network pickles together with this file's text, so the file stands alone: it imports
-torch and `torch_utils.persistence` only. Forward-mode derivatives (`torch.func.jvp`) pass through in x and in σ; where
-PyTorch's own rules are slow, the layers have theirs (see `_split_dual`; benchmarks/cost.py tells what that saves).
-`net.double()` makes a network compute in float64.
+torch and `torch_utils.persistence` only. It is definitions in plain operations of PyTorch, through which forward-mode
+derivatives (`torch.func.jvp`) pass in x and in σ; `training.fast.install(net)` makes a network compute the same with
+less work. `net.double()` makes it compute in float64.
 
 Read it from the bottom: `Precond.forward` is D(x; σ) = c_skip x + c_out F(c_in x; c_noise), F is `SongUNet` or
 `DhariwalUNet`, both chains of `UNetBlock`s.
@@ -12,22 +12,10 @@ Architectures: Ho et al. 2020 (arXiv 2006.11239), Song et al. 2021 (2011.13456),
 preconditioning: Karras et al. 2022 (2206.00364), table 1.
 """
 
-import functools
 import math
 
 import torch
-from torch.autograd import forward_ad
-from torch.nn.functional import (
-    conv2d,
-    conv_transpose2d,
-    dropout,
-    group_norm,
-    linear,
-    pad,
-    scaled_dot_product_attention,
-    silu,
-)
-from torch.nn.grad import conv2d_weight
+from torch.nn.functional import conv2d, conv_transpose2d, dropout, group_norm, linear, silu
 
 from torch_utils import persistence
 
@@ -46,221 +34,6 @@ def weight_init(shape, mode, fan_in, fan_out):
     if law == 'uniform':
         return math.sqrt(3 * variance) * (2 * torch.rand(*shape) - 1)
     return math.sqrt(variance) * torch.randn(*shape)
-
-
-def _split_dual(x, *params):
-    """(x, its tangent) for a layer's forward-mode rule, which returns `forward_ad.make_dual(y, tangent of y)`.
-
-    The tangent is None, and x as it was, where the rule must stand back: outside forward mode; where gradients are
-    enabled, as the rules use kernels without derivatives (call `torch.func.jvp` under `torch.no_grad()`); and where a
-    parameter has a tangent. Then PyTorch's own rules apply.
-    """
-    if torch.is_grad_enabled():
-        return x, None
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is None or _have_tangents(*params):
-        return x, None
-    return primal, tangent
-
-
-def _have_tangents(*tensors):
-    """A `Parameter` has none: what has one is a tensor in its place."""
-    others = [each for each in tensors if torch.is_tensor(each) and type(each) is not torch.nn.Parameter]
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in others)
-
-
-def _may_overwrite(*tensors):
-    """May a result take the place of an input that nobody else needs? It saves the memory traffic of a new tensor.
-
-    Not where gradients are recorded, nor under `vmap`, where one tensor stands for many. `torch.compile` plans memory
-    by itself.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return not any(map(_is_batched, tensors))
-
-
-def _is_batched(tensor):
-    """Is it under `vmap`, perhaps inside other transforms of `torch.func`?"""
-    functorch = torch._C._functorch
-    while torch.is_tensor(tensor) and functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
-
-
-def _runs_kernels_of_float32_on_cpu(x):
-    """Is x what it seems to be: no autocast, no `vmap` and no `torch.compile` between an operation and its kernel?"""
-    if x.device.type != 'cpu' or x.dtype != torch.float32:
-        return False
-    return not (torch.is_autocast_enabled('cpu') or _is_batched(x) or torch.compiler.is_compiling())
-
-
-def _silu(x):
-    """x/(1 + e^−x), in x's place where it may: for tensors that nobody else needs. So do `_scale` and `_add`.
-
-    The Jacobian is diagonal, so the kernel of the backward pass gives the forward-mode product too.
-    """
-    x, dx = _split_dual(x)
-    may = _may_overwrite(x, dx)
-    if dx is None:
-        return silu(x, inplace=may)
-    dy = torch.ops.aten.silu_backward(dx, x, **({'grad_input': dx} if may else {}))
-    return forward_ad.make_dual(silu(x, inplace=may), dy)
-
-
-def _scale(x, factor):
-    """x · factor, in x's place, without the product with a zero tangent that PyTorch's rule computes for a constant."""
-    x, dx = _split_dual(x, factor)
-    y = _multiply(x, factor)
-    return y if dx is None else forward_ad.make_dual(y, _multiply(dx, factor))
-
-
-def _multiply(x, factor):
-    return x.mul_(factor) if _may_overwrite(x, factor) else x * factor
-
-
-def _add(x, y):
-    """x + y, in x's place, without the sum with a zero tangent."""
-    x, dx = _split_dual(x)
-    if dx is None:
-        return x.add_(y) if _may_overwrite(x, y) else x + y
-    y, dy = _split_dual(y)
-    return forward_ad.make_dual(_add(x, y), dx if dy is None else _add(dx, dy))
-
-
-def _dropout(x, p):
-    """Elements become zero with probability p, else x/(1 − p).
-
-    On a CPU PyTorch draws 64 random bits for each, which takes a tenth of a training step. 16 do: p is met to 2^−17.
-    """
-    if x.device.type != 'cpu' or not 0 < p < 1:
-        return dropout(x, p)
-    dropped = round(p * 2**16)  # of all 2^16 numbers
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: x.numel()] >= dropped - 2**15
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    kept = kept.as_strided(x.shape, x.stride()) if last else kept.view(x.shape)  # in x's order
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-# ----------------------------------------------------------------------------
-# 3×3 convolutions on a CPU, with half the multiplications.
-#
-# Winograd's F(4, 3) down the columns: four rows y of the result come from six rows d of the padded image and the three
-# rows g of the kernel by  y = Aᵀ[(G g) ∗ (Bᵀ d)],  where ∗ convolves along the row (Lavin & Gray 2016, arXiv
-# 1509.09308, section 4). For four rows that is 6 convolutions with three taps in the place of 12. The error is about
-# 1e-6 relative, twice that of PyTorch's own convolution. The last rows of Bᵀ and G have the other sign here, which
-# saves an operation. benchmarks/cost.py tells what the whole saves.
-
-
-WIDE = 2**14  # input times output channels
-_L2, _L3 = 2**19, 2**21  # numbers that fit into a processor's second and third cache: 2 and 8 MB in float32
-
-
-def _conv3x3(x, weight, bias):
-    """3×3 convolution, padding 1. Tangents, which `Conv2d` keeps apart where it can, are left to PyTorch's rules."""
-    if not _winograd_pays(x, weight) or _have_tangents(x, weight, bias):
-        return conv2d(x, weight, bias, padding=1)
-    return (_Winograd.apply if torch.is_grad_enabled() else _winograd)(x, weight, bias)
-
-
-def _winograd_pays(x, weight):
-    """On a CPU, channels last, with many channels and pixels; whatever the batch, on which images must not depend."""
-    if x.stride(1) != 1 or x.shape[2] % 4:
-        return False
-    many = weight.shape[0] * weight.shape[1] >= WIDE and x.shape[2] * x.shape[3] >= 2**8
-    return many and _runs_kernels_of_float32_on_cpu(x)  # half precision would lose too much in the sums
-
-
-def _winograd(x, weight, bias):
-    """A few images at a time, so that what lies between x and y stays in the cache."""
-    g, (_, _, height, width) = _kernel_rows(weight), x.shape
-    y = x.new_empty([x.shape[0], height, width, weight.shape[0]])
-    size = max(_L3 // math.prod(x.shape[1:]), 1)
-    for x_part, y_part in zip(x.split(size), y.split(size), strict=True):
-        d = _image_rows(x_part)
-        # The second product enters all four rows with factor 1, so it brings the bias along.
-        m = [conv2d(d[i], g[i], bias if i == 1 else None, padding=(0, 1)) for i in range(6)]
-        _write_result_rows(y_part.view(-1, 4, width, weight.shape[0]), [each[:, :, 0].transpose(1, 2) for each in m])
-    return y.permute(0, 3, 1, 2)
-
-
-def _image_rows(x):
-    """Bᵀ d: six times [N H/4, C, 1, W]. Rows as images, for which PyTorch takes the same kernel whatever N is.
-
-    d are the four rows of a tile, the one above and the one below, which beyond the image are zero.
-    """
-    d1, d2, d3, d4 = x.permute(0, 2, 3, 1).unflatten(1, (-1, 4)).unbind(2)
-    p, q = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-    r, s = d4 - d2, d3 - d1
-    first = p - d2
-    first[:, 1:].add_(d4[:, :-1], alpha=4)
-    rows = [first, p + q, p.sub_(q), torch.add(r, s, alpha=2), r.sub_(s, alpha=2), q.add_(d3, alpha=4)]
-    rows[5][:, :-1].sub_(d1[:, 1:])
-    return [_as_images(each) for each in rows]
-
-
-def _as_images(rows):
-    """[N, h, W, C] → [N h, C, 1, W], channels last."""
-    return rows.flatten(0, 1).unsqueeze(1).permute(0, 3, 1, 2)
-
-
-def _G(like):
-    """The matrix G, in the dtype of `like`."""
-    a, b, c = 1 / 6, 1 / 12, 1 / 24
-    return like.new_tensor([[1 / 4, 0, 0], [-a, -a, -a], [-a, a, -a], [c, b, a], [c, -b, a], [0, 0, -1]])
-
-
-def _kernel_rows(weight):
-    """G g: six times [out, in, 1, 3]."""
-    out_channels, channels, _, _ = weight.shape
-    rows = _G(weight) @ weight.permute(2, 0, 3, 1).flatten(1)
-    return [row.view(out_channels, 1, 3, channels).permute(0, 3, 1, 2) for row in rows]
-
-
-def _write_result_rows(y, m):
-    """Aᵀ m: four rows, into y: [N H/4, 4, W, out], of six: [N H/4, W, out] each."""
-    p, q, r, s = m[1] + m[2], m[1].sub_(m[2]), m[3] + m[4], m[3].sub_(m[4])
-    torch.add(m[0], p, out=y[:, 0]).add_(r)
-    torch.add(q, s, alpha=2, out=y[:, 1])
-    torch.add(p, r, alpha=4, out=y[:, 2])
-    torch.add(m[5], q, out=y[:, 3]).add_(s, alpha=8)
-
-
-class _Winograd(torch.autograd.Function):
-    """`_winograd` with its gradient: dx is dy convolved with the kernel turned round, dg = Gᵀ[(A dy) ∗ (Bᵀ d)]."""
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return _winograd(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = _conv3x3(dy, weight.flip(2, 3).transpose(0, 1), None) if ctx.needs_input_grad[0] else None
-        dw = _winograd_weight_grad(x, weight, dy) if ctx.needs_input_grad[1] else None
-        return dx, dw, dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-
-
-def _winograd_weight_grad(x, weight, dy):
-    y = dy.permute(0, 2, 3, 1).unflatten(1, (-1, 4)).unbind(2)
-    p, q = y[0] + y[2], y[1] + y[3]
-    r, s = torch.add(y[0], y[2], alpha=4), torch.add(y[1], y[3], alpha=4).mul_(2)
-    m = [_as_images(rows) for rows in (y[0], p + q, p - q, r + s, r - s, y[3])]  # A dy
-    d, shape = _image_rows(x), weight[:, :, :1].shape
-    g = [conv2d_weight(d[i], shape, m[i], padding=(0, 1)) for i in range(6)]
-    return torch.tensordot(torch.cat(g, dim=2), _G(weight), dims=[[2], [0]]).transpose(2, 3)
-
-
-# ----------------------------------------------------------------------------
-# Layers.
 
 
 @persistence.persistent_class
@@ -313,54 +86,29 @@ class Conv2d(torch.nn.Module):
         self.register_buffer('resample_filter', kernel_2d if up or down else None)
 
     def forward(self, x):
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        x, dx = _split_dual(x, *(param for param in (weight, bias) if param is not None))
-        y = self._convolve(x, weight, bias)
-        return y if dx is None else forward_ad.make_dual(y, self._convolve(dx, weight, None))
+        weight, bias = (None if param is None else param.to(x.dtype) for param in (self.weight, self.bias))
+        return self._convolve(x, weight, bias)
 
     def _convolve(self, x, weight, bias):
-        f = None if self.resample_filter is None else self.resample_filter.to(x.dtype)
-        f_pad = 0 if f is None else (f.shape[-1] - 1) // 2
         w_pad = 0 if weight is None else weight.shape[-1] // 2
+        if self.resample_filter is None:
+            return conv2d(x, weight, bias, padding=w_pad)
+        f_pad = (self.resample_filter.shape[-1] - 1) // 2
         if weight is None:
-            return _resample(x, f, self.up, f_pad)
-        if f is None:
-            return _convolve_same(x, weight, bias)
+            return self._resample(x, f_pad)
         if not self.fused_resample:
-            if self.up and x.device.type == 'cpu':
-                return _upsample_and_convolve(x, f, f_pad, weight, bias)
-            return _convolve_same(_resample(x, f, self.up, f_pad), weight, bias)
+            return conv2d(self._resample(x, f_pad), weight, bias, padding=w_pad)
         if self.up:
-            return conv2d(_resample(x, f, True, max(f_pad - w_pad, 0)), weight, bias, padding=max(w_pad - f_pad, 0))
+            return conv2d(self._resample(x, max(f_pad - w_pad, 0)), weight, bias, padding=max(w_pad - f_pad, 0))
         # The filter sums to one and sees no padding, so the bias may as well come before it.
-        return _resample(conv2d(x, weight, bias, padding=w_pad + f_pad), f, False, 0)
+        return self._resample(conv2d(x, weight, bias, padding=w_pad + f_pad), 0)
 
-
-def _convolve_same(x, weight, bias):
-    """Convolution that keeps height and width."""
-    padding = weight.shape[-1] // 2
-    return _conv3x3(x, weight, bias) if padding == 1 else conv2d(x, weight, bias, padding=padding)
-
-
-def _upsample_and_convolve(x, f, f_pad, weight, bias):
-    """2× upsampling by the filter f, then `_convolve_same`, with less arithmetic."""
-    if weight.shape[-1] == 1:  # commutes with the filter
-        y = _resample(conv2d(x, weight), f, True, f_pad)
-        return y if bias is None else _add(y, bias[:, None, None])
-    if weight.shape[-1] == 3 and f.shape[-1] == 2:  # In one: 16 products per pixel of x instead of 36.
-        outer = torch.stack([pad(2 * f[0, 0].sum(0), (2 - i, i)) for i in range(3)])
-        kernel = torch.einsum('oiab,ak,bl->iokl', weight, outer, outer)
-        return conv_transpose2d(x, kernel, bias, stride=2, padding=1)
-    return _convolve_same(_resample(x, f, True, f_pad), weight, bias)
-
-
-def _resample(x, f, up, padding):
-    """Depthwise 2× up- or downsampling; ×4 on the way up makes good for the zeros in between."""
-    channels = x.shape[1]
-    if up:
-        return conv_transpose2d(x, (4 * f).expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
-    return conv2d(x, f.expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
+    def _resample(self, x, padding):
+        """Depthwise 2× up- or downsampling; ×4 on the way up makes good for the zeros in between."""
+        channels, f = x.shape[1], self.resample_filter.to(x.dtype)
+        if self.up:
+            return conv_transpose2d(x, (4 * f).expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
+        return conv2d(x, f.expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
 
 
 @persistence.persistent_class
@@ -375,17 +123,7 @@ class GroupNorm(torch.nn.Module):
         self.num_groups, self.eps = min(num_groups, num_channels // min_channels_per_group), eps
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        x, dx = _split_dual(x, weight, bias)
-        if dx is None:
-            return group_norm(x, self.num_groups, weight, bias, self.eps)
-        if x.device.type != 'cpu':  # the kernels of GPUs know one layout only
-            x, dx = x.contiguous(), dx.contiguous()
-        # The Jacobian without the affine part is symmetric, so the kernel of the backward pass gives its products.
-        size = [x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.num_groups]
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.eps)
-        dy, _, _ = torch.ops.aten.native_group_norm_backward(dx, x, mean, rstd, None, *size, [True, False, False])
-        return forward_ad.make_dual(y, _multiply(dy, weight[:, None, None]))
+        return group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class AttentionOp:
@@ -401,85 +139,14 @@ class AttentionOp:
         return logits.softmax(dim=2).to(q.dtype)
 
 
-def _attention(q, k, v):
-    """w v with the weights w = softmax(q kᵀ/√c) of `AttentionOp`, rows of them.  q, k, v: [B, L, c] → [B, L, c]."""
-    primals, tangents = zip(*map(_split_dual, (q, k, v)), strict=True)
-    if tangents[0] is not None:
-        slices = [_attention_with_tangent(*each) for each in _cached_slices(*primals, *tangents)]
-        return forward_ad.make_dual(*map(torch.cat, zip(*slices, strict=True)))
-    if torch.is_grad_enabled():
-        return AttentionOp.apply(q.transpose(1, 2), k.transpose(1, 2)) @ v
-    if _convolution_multiplies(q):
-        return torch.cat([_bmm(_attention_weights(q, k), v) for q, k, v in _cached_slices(q, k, v)])
-    # The same in one kernel, which has no forward mode.
-    return scaled_dot_product_attention(q[None], k[None], v[None])[0]
-
-
-def _cached_slices(*tensors):
-    """Slices of the batch whose weights fit into a processor's cache; the whole batch where that does not matter."""
-    batch, length, _ = tensors[0].shape
-    size = max(_L2 // length**2, 1) if tensors[0].device.type == 'cpu' else batch
-    return [[each[i : i + size] for each in tensors] for i in range(0, batch, size)]
-
-
-def _attention_weights(q, k):
-    """softmax(q kᵀ/√c) over the keys: [B, L, L]."""
-    return _bmm(q, k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(dim=2)
-
-
-def _attention_with_tangent(q, k, v, dq, dk, dv):
-    """a = w v and da = w dv + dw v, [B, L, c].  With the logits' tangent l: dw = w l − w Σ(w l), sums over the keys."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, dq, dk = (each.to(wide) for each in (q, k, dq, dk))
-    w = _attention_weights(q, k)
-    both = torch.cat([k, dk], dim=2).transpose(1, 2) / math.sqrt(q.shape[2])
-    wl = _bmm(torch.cat([dq, q], dim=2), both).mul_(w)
-    total, w, wl = (each.to(v.dtype) for each in (wl.sum(dim=2, keepdim=True), w, wl))
-    a, da = _bmm(w, v), _bmm(w, dv) + _bmm(wl, v)
-    return a, torch.addcmul(da, a, total, value=-1)
-
-
-def _bmm(a, b):
-    """a b for each of a batch.  a: [B, L, c], b: [B, c, K] → [B, L, K].
-
-    The convolution with a's rows as kernels is the same. See `_mkl_is_slow`.
-    """
-    if not _convolution_multiplies(a):
-        return a @ b
-    kernels = a.reshape(-1, a.shape[2], 1, 1)
-    if len(b) == 1:  # A single group takes a kernel that rounds otherwise, so each half of the rows gets a group.
-        b = b.expand(2, -1, -1)
-    return conv2d(b.reshape(1, -1, 1, b.shape[2]), kernels, groups=len(b)).view(*a.shape[:2], -1)
-
-
-def _convolution_multiplies(a):
-    """Is a convolution the faster way to multiply `a`? Whatever the batch, on which images must not depend."""
-    many = a.shape[1] >= 2**8 and a.shape[1] % 2 == 0
-    return many and _runs_kernels_of_float32_on_cpu(a) and _mkl_is_slow()
-
-
-@functools.cache
-def _mkl_is_slow():
-    """Is this Linux on an AMD processor with AVX-512?
-
-    There MKL, from which PyTorch takes its matrix products, reaches half the speed of oneDNN, from which it takes its
-    convolutions. With AVX2 they are equally fast.
-    """
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or not torch.backends.mkl.is_available():
-        return False
-    try:
-        with open('/proc/cpuinfo') as file:
-            return 'AuthenticAMD' in file.read()
-    except OSError:
-        return False
-
-
 @persistence.persistent_class
 class UNetBlock(torch.nn.Module):
     """Residual block, modulated by the embedding, with optional resampling and self-attention.
 
     x: [N, in_channels, H, W], emb: [N or 1, emb_channels] → [N, out_channels, H', W'] with H' = 2H, H/2 or H.
     """
+
+    activation = staticmethod(silu)
 
     def __init__(
         self,
@@ -525,25 +192,23 @@ class UNetBlock(torch.nn.Module):
             self.proj = Conv2d(out_channels, out_channels, kernel=1, **init_zero)
 
     def forward(self, x, emb):
-        h = self.conv0(_silu(self.norm0(x)))
+        h = self.conv0(self.activation(self.norm0(x)))
         h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
-        h = self.conv1(_dropout(h, self.dropout if self.training else 0))
-        x = _scale(_add(h, x if self.skip is None else self.skip(x)), self.skip_scale)
-        return _scale(_add(self._attend(x), x), self.skip_scale) if self.num_heads else x
+        h = self.conv1(dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        return (self._attend(x) + x) * self.skip_scale if self.num_heads else x
 
     def _modulate(self, h, params):
         if not self.adaptive_scale:
-            return _silu(self.norm1(_add(h, params)))
+            return self.activation(self.norm1(h + params))
         scale, shift = params.chunk(2, dim=1)
-        return _silu(_add(_scale(self.norm1(h), scale + 1), shift))
+        return self.activation(self.norm1(h) * (scale + 1) + shift)
 
     def _attend(self, x):
         # The 3·C channels of qkv run over heads first, then channels of a head, then {q, k, v}.
         qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.num_heads, -1, 3))
-        q, k, v = (each.transpose(2, 3).flatten(0, 1).contiguous() for each in qkv.unbind(3))
-        a = _attention(q, k, v).unflatten(0, (-1, self.num_heads))
-        a = a.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
-        return self.proj(a if x.stride(1) == 1 else a.contiguous())  # a has channels last, which x may not have
+        q, k, v = (each.flatten(0, 1) for each in qkv.unbind(3))
+        return self.proj((v @ AttentionOp.apply(q, k).transpose(1, 2)).reshape(x.shape))
 
 
 @persistence.persistent_class
@@ -667,6 +332,8 @@ class SongUNet(torch.nn.Module):
     augment_labels: [N, augment_dim] or None → [N, out_channels, R, R].
     """
 
+    activation = staticmethod(silu)
+
     def __init__(
         self,
         img_resolution,
@@ -759,7 +426,7 @@ class SongUNet(torch.nn.Module):
             elif 'aux_norm' in name:
                 tmp = layer(x)
             elif 'aux_conv' in name:
-                tmp = layer(_silu(tmp))
+                tmp = layer(self.activation(tmp))
                 aux = tmp if aux is None else tmp + aux
             else:
                 if x.shape[1] != layer.in_channels:
@@ -771,6 +438,8 @@ class SongUNet(torch.nn.Module):
 @persistence.persistent_class
 class DhariwalUNet(torch.nn.Module):
     """U-Net of ADM. Same inputs and output as `SongUNet`."""
+
+    activation = staticmethod(silu)
 
     def __init__(
         self,
@@ -822,7 +491,7 @@ class DhariwalUNet(torch.nn.Module):
             if x.shape[1] != layer.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb)
-        return self.out_conv(_silu(self.out_norm(x)))
+        return self.out_conv(self.activation(self.out_norm(x)))
 
     def _embed(self, noise_labels, class_labels, augment_labels):
         emb = self.map_noise(noise_labels)

@@ -21,7 +21,7 @@ import dnnlib
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io, training_stats
 from torch_utils.interrupts import Interrupts, outlast_signals
-from training import networks
+from training import fast, winograd
 from training.reporter import Reporter, TensorBoard, draw_losses
 from training.run_state import Run
 
@@ -170,7 +170,7 @@ def _start_run(config: Config, dataset: Any) -> Run:
     dist.print0('Constructing network...')
     shape = {'img_resolution': dataset.resolution, 'img_channels': dataset.num_channels}
     net = dnnlib.util.construct_class_by_name(**config.network_kwargs, **shape, label_dim=dataset.label_dim)
-    set_memory_format(net.train().requires_grad_(True).to(config.device))
+    set_memory_format(fast.install(net).train().requires_grad_(True).to(config.device))
     optimizer = make_optimizer(net, config.optimizer_kwargs)
     run = Run(net=net, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer)
     if dist.get_rank() == 0:
@@ -190,7 +190,7 @@ def set_memory_format(net: torch.nn.Module) -> torch.nn.Module:
     Narrow ones lose in the normalizations what they gain in the convolutions: benchmarks/train.py.
     """
     kernels = [weight for weight in net.parameters() if weight.ndim == 4 and weight.device.type == 'cpu']
-    wide = [kernel for kernel in kernels if kernel.shape[0] * kernel.shape[1] >= networks.WIDE]
+    wide = [kernel for kernel in kernels if kernel.shape[0] * kernel.shape[1] >= winograd.WIDE]
     if 2 * sum(map(torch.numel, wide)) > sum(map(torch.numel, kernels)):
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
