@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import example
-from sampling import draw, edm, networks
+from sampling import choose, draw, networks
 from torch_utils import network_io
 
 REFERENCE = pathlib.Path(example.__file__).parent / 'docs' / 'mnist-32x32.png'
@@ -23,14 +23,13 @@ def pixels(path):
 
 def test_first_row_of_the_reference_picture():
     """The demo's random stream, network and settings, on the first 8 of its 64 images."""
-    _, _, sampler, settings = example.EXAMPLES['mnist']
+    _, _, name, settings = example.EXAMPLES['mnist']
+    sampler = choose.make(name, **settings)
     net = network_io.load_network(str(networks.SHIPPED_NETWORK))
     torch.manual_seed(0)
     latents = torch.randn([64, 1, 32, 32])[:8]
     labels = torch.eye(10)[torch.randint(10, size=[64])][:8]
-    images = sampler(
-        net, latents, labels, randn_like=lambda x: torch.randn([64, 1, 32, 32], dtype=x.dtype)[:8], **settings
-    )
+    images = sampler(net, latents, labels, randn_like=lambda x: torch.randn([64, 1, 32, 32], dtype=x.dtype)[:8])
     row = example.tile(draw.to_uint8(images), columns=8)[:, :, 0]
     assert np.abs(row.astype(int) - pixels(REFERENCE)[:32]).max() <= 2
 
@@ -42,6 +41,24 @@ def test_demo_reproduces_the_reference_picture(tmp_path, monkeypatch):
     assert run.exit_code == 0, run.output
     assert '40 steps: 40 network calls, 39 of them with a JVP' in run.output
     assert np.abs(pixels(tmp_path / 'mnist-32x32.png') - pixels(REFERENCE)).max() <= 2
+
+
+def test_another_sampler_with_its_usual_steps(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(example, 'generate_image_grid', lambda *args, **kwargs: asked.append(kwargs))
+    for options in (
+        ['--sampler=rk'],
+        ['--sampler=rk', '--steps=9'],
+        ['--steps=5'],
+        ['--dataset=imagenet', '--sampler=heun'],
+    ):
+        assert CliRunner().invoke(example.main, options).exit_code == 0
+    assert [(each.get('scheme'), each['num_steps'], each.get('S_churn')) for each in asked] == [
+        ('rk', 40, None),
+        ('rk', 9, None),
+        ('taylor', 5, None),
+        (None, 256, 40),
+    ]
 
 
 def test_grid_from_a_colour_network_with_edms_sampler(tmp_path, capsys):
@@ -65,7 +82,7 @@ def test_tiles_run_row_by_row():
 def test_a_failed_download_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    monkeypatch.setitem(example.EXAMPLES, 'cifar10', ('http://localhost:9/x.pkl', 'x.png', edm.edm_sampler, {}))
+    monkeypatch.setitem(example.EXAMPLES, 'cifar10', ('http://localhost:9/x.pkl', 'x.png', 'heun', {'num_steps': 18}))
     run = CliRunner().invoke(example.main, ['--dataset=cifar10', '--device=cpu'])
     assert run.exit_code == 1
     [line] = [line for line in run.output.splitlines() if line.startswith('Error:')]
