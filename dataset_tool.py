@@ -50,8 +50,8 @@ def write_dataset(
 
     An image that is left out, because it is too small or broken, leaves a gap in the numbering.
     """
-    count, items = samples
-    summary = Summary()
+    count, items, notes = samples
+    summary = Summary(notes=notes)
     workers = min(workers, 1 + count // 32)  # less is not worth the start of a process
     todo = (((idx, sample), read(sample, writer.finished(file_name(idx)))) for idx, sample in enumerate(items))
     with (
@@ -63,6 +63,8 @@ def write_dataset(
             summary.count(result, problem)
             if problem:
                 line = dnnlib.util.printable(f'{sample.name}: {problem}')
+                if writer is not NOWHERE and mixed(result.kind, summary.kind):  # not one image, the source is at fault
+                    raise click.ClickException(line)
                 if not skip_broken:
                     raise click.ClickException(f'{line}; --skip-broken leaves such images out')
                 if summary.num_broken <= MAX_LISTED:
@@ -92,6 +94,10 @@ def read(sample: Sample, finished: Kind | None) -> Raw:
 
 def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
     """What is wrong with an image: they are squares whose side is a power of two, all like the first."""
+    if mixed(kind, first):
+        return (
+            f'it is {kind}, but the first image is {first}; --channels=3 makes all RGB, --channels=1 all gray'
+        )
     if first and kind != first:
         return f'it is {kind}, but the first image is {first}; bring all to one size with --resolution=64x64'
     if kind.height != kind.width:
@@ -101,6 +107,11 @@ def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
     if kind.width & (kind.width - 1) and not any_size:
         return f'it is {kind}, its side is not a power of two; use --resolution=64x64, or --any-size to allow it'
     return ''
+
+
+def mixed(kind: Kind | None, first: Kind | None) -> bool:
+    """Whether one of two images is gray, the other in colour: which it is to be, the user has to say."""
+    return kind is not None and first is not None and kind.mode != first.mode
 
 
 def check_dest(dest: str, resume: bool) -> None:
@@ -160,12 +171,15 @@ def make(
     max_images: int | None,
     transform: str,
     resolution: tuple[int, int] | None,
+    channels: str | None,
     resume: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
     """Make a dataset, or see whether one could be made."""
-    convert_image = functools.partial(convert, transform=choose_transform(transform, resolution), size=resolution)
+    chosen = choose_transform(transform, resolution)
+    mode = CHANNELS[channels] if channels else None
+    convert_image = functools.partial(convert, transform=chosen, size=resolution, mode=mode)
     if resolution:
         check_resolution(*resolution, transform, options['any_size'])
     if not dry_run:
@@ -174,7 +188,8 @@ def make(
     if dry_run:
         return look(samples, convert_image, **options)
     size = f'{resolution[0]}x{resolution[1]}' if resolution else 'as it is'
-    record = {'source': source, 'images': samples[0], 'transform': transform, 'resolution': size}
+    record = {'source': source, 'images': samples.total, 'transform': transform, 'resolution': size}
+    record |= {'channels': channels} if channels else {}
     replaces = os.path.exists(dest) and dest.endswith('.zip')
     with zip_writer(dest) if dest.endswith('.zip') else folder_writer(dest, record, resume) as writer:
         summary = write_dataset(samples, convert_image, writer, **options)
@@ -196,11 +211,6 @@ def validate(path: str, workers: int) -> None:
     files = FileTree(path)
     names, labels = files.image_names(), files.labels()
     look(image_files(files, names, labels or {}), validate_image, skip_broken=False, workers=workers, any_size=True)
-    missing = [name for name in names if labels is not None and name not in labels]
-    if missing:
-        raise click.ClickException(
-            f'dataset.json has no label for {dnnlib.util.printable(missing[0])} and {len(missing) - 1} more'
-        )
     absent = [name for name in labels or {} if name not in files.names]
     if absent:
         raise click.ClickException(
@@ -208,6 +218,8 @@ def validate(path: str, workers: int) -> None:
         )
     click.echo(f'{path} is a good dataset')
 
+
+CHANNELS = {'1': 'L', '3': 'RGB'}
 
 HELP = f"""Turn raw images into a dataset for train.py and fid.py.
 
@@ -267,6 +279,9 @@ Examples:
 )
 @click.option(
     '--resolution', metavar='WxH', type=Resolution(), help='Size of the result: 64x64, or 64  [default: as it is]'
+)
+@click.option(
+    '--channels', type=click.Choice(list(CHANNELS)), help='All images gray (1) or RGB (3)  [default: as they are]'
 )
 @click.option('--any-size', is_flag=True, help='Allow sides that are not a power of two')
 @click.option('--skip-broken', is_flag=True, help='Leave out images that cannot be used, and name them')

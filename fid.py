@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import dnnlib
 from dnnlib import settings
-from images.image_files import ImageFiles, holds_images
+from images.image_files import ImageFiles, content_state, holds_images
 from metrics import measure
 from metrics.detectors import Detector, load_detector
 from metrics.image_features import DEFAULT_WORKERS, features_of, open_reference, say
@@ -43,7 +44,9 @@ def cached_features(path: str, note: dict[str, Any], detector: Detector, device:
     """The features in a file that an earlier run wrote."""
     with np.load(path, allow_pickle=False) as archive:
         before, features = json.loads(str(archive['note'])), archive['features']
-    differing = [f'{each.name} {each.before!r}' for each in settings.differences(before, note)]
+    differing = [
+        f'{each.name} {each.before!r}' for each in settings.differences({key: before.get(key) for key in note}, note)
+    ]
     if differing:
         raise click.ClickException(
             f'--features={path} was made with {", ".join(differing)}; delete it, or name another'
@@ -119,7 +122,11 @@ def main() -> None:
 
 @main.command()
 @click.option(
-    '--images', help='Images to measure; more than once: all of them', metavar='DIR|ZIP', required=True, multiple=True
+    '--images',
+    help='Images to measure; more than once: all of them',
+    metavar='DIR|ZIP|NPZ',
+    required=True,
+    multiple=True,
 )
 @click.option(
     '--ref', help='Reference statistics, or the real images themselves', metavar='NPZ|URL|DIR|ZIP', required=True
@@ -164,12 +171,13 @@ def calc(
         measure.check_comparable(detector, reference, names, force)
         note = {'detector': detector.name, 'weights_sha256': detector.weights_sha256, 'resize': detector.resize}
         note |= {'images': list(images), 'num': num, 'seed': seed}
+        kept_note = note | (content_note(images) if features else {})
         if files is None:
-            sets = [cached_features(features, note, detector, device)]
+            sets = [cached_features(features, kept_note, detector, device)]
         else:
             sets = [features_of(files, each, detector, device, keep, **reading) for each in chosen]
         if features and not kept and dist.get_rank() == 0:
-            keep_features(features, note, sets[0])
+            keep_features(features, kept_note, sets[0])
         for text in measure.warnings(sets[0], reference, names):
             say(f'Warning: {text}')
         results = [measure.measure(each, reference, names) for each in sets]
@@ -178,6 +186,14 @@ def calc(
     record = {'title': detector.title, 'n': sets[0].moments.n, **note, 'ref': ref, 'versions': versions}
     show(results, record, as_json)
     dist.barrier()
+
+
+def content_note(images: Sequence[str]) -> dict[str, str]:
+    """What binds kept features to the images as they are; nothing once these are gone, and only the features left."""
+    try:
+        return {'content': content_state(images)}
+    except OSError:
+        return {}
 
 
 def keep_features(path: str, note: dict[str, Any], features: FeatureSet) -> None:

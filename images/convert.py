@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 
-from images.tree import DAMAGED, open_image
+from images.tree import DAMAGED, gray_or_rgb, open_image
 
 Item = TypeVar('Item')
 Transform = Callable[[PIL.Image.Image, int, int], PIL.Image.Image | None]
@@ -46,8 +46,8 @@ class Converted(NamedTuple):
 Raw = bytes | np.ndarray | Converted  # an image file, pixels, or what needs no conversion
 
 
-def convert(raw: Raw, transform: Transform, size: tuple[int, int] | None) -> Converted:
-    """transform may leave an image out (None); size is (width, height), None: as it is."""
+def convert(raw: Raw, transform: Transform, size: tuple[int, int] | None, mode: str | None = None) -> Converted:
+    """transform may leave an image out (None); size: (width, height); mode: L or RGB; None: as it is."""
     if isinstance(raw, Converted):
         return raw
     kind = None
@@ -58,6 +58,7 @@ def convert(raw: Raw, transform: Transform, size: tuple[int, int] | None) -> Con
         result = transform(gray_or_rgb(image), *(size or image.size))
         if result is None:
             return Converted(raw=kind)
+        result = result.convert(mode or result.mode)
         return Converted(Kind(*result.size, result.mode), encode_png(np.asarray(result)), kind, rotated)
     except DAMAGED as err:
         return Converted(raw=kind, problem=f'cannot be read: {err}')
@@ -75,18 +76,6 @@ def is_rotated(image: PIL.Image.Image) -> bool:
     """Whether a camera noted that the picture is to be turned or mirrored."""
     orientation = 0x0112
     return 'exif' in image.info and image.getexif().get(orientation, 1) != 1
-
-
-def gray_or_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Mode L or RGB: black-and-white, CMYK, palettes and opaque alpha are converted, anything else is a ValueError."""
-    if image.mode in ('L', 'RGB'):
-        return image
-    if image.mode in ('P', 'LA', 'RGBA') and image.convert('RGBA').getchannel('A').getextrema() != (255, 255):
-        raise ValueError('it has transparent pixels')
-    modes = {'1': 'L', 'LA': 'L', 'P': 'RGB', 'RGBA': 'RGB', 'CMYK': 'RGB'}
-    if image.mode not in modes:
-        raise ValueError(f'pixels are {image.mode}, not 8-bit grayscale or RGB')
-    return image.convert(modes[image.mode])
 
 
 def resize(image: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:

@@ -14,12 +14,13 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from dnnlib.safe_pickle import load_numpy
+from dnnlib.util import printable
 from images import emoji
 from images.tree import DAMAGED, FileTree
 
@@ -32,7 +33,10 @@ class Sample(NamedTuple):
     label: Label
 
 
-Samples = tuple[int, Iterator[Sample]]
+class Samples(NamedTuple):
+    total: int
+    items: Iterator[Sample]
+    notes: list[str] = []  # noqa: RUF012 - what the summary of a run should tell of the source
 
 
 class Source(NamedTuple):
@@ -46,8 +50,9 @@ def open_source(source: str, max_images: int | None) -> Samples:
     """The samples behind --source, at most `max_images` of them."""
     for kind in SOURCES:
         if kind.accepts(source):
-            count, items = kind.samples(source)
-            return min(count, max_images or count), itertools.islice(items, max_images)
+            samples = kind.samples(source)
+            count = min(samples.total, max_images or samples.total)
+            return samples._replace(total=count, items=itertools.islice(samples.items, max_images))
     problem = 'this kind of file is not supported' if os.path.exists(source) else 'no such file or folder'
     raise OSError(f'--source={source}: {problem}; possible: {", ".join(kind.text for kind in SOURCES)}')
 
@@ -58,8 +63,11 @@ def open_source(source: str, max_images: int | None) -> Samples:
 def image_folder(source: str) -> Samples:
     """All images below a folder, by name. Labels: dataset.json, else the top-level folder of each image."""
     files = FileTree(source)
-    images = files.image_names()
-    return image_files(files, images, files.labels() or labels_from_folders(images))
+    images, labels = files.image_names(), files.labels()
+    if labels is not None:
+        return image_files(files, images, labels)
+    classes = labels_from_folders(images)
+    return image_files(files, images, classes, tell_folders(classes))
 
 
 def image_zip(source: str) -> Samples:
@@ -68,8 +76,17 @@ def image_zip(source: str) -> Samples:
     return image_files(files, files.image_names(), files.labels() or {})
 
 
-def image_files(files: FileTree, images: list[str], labels: dict[str, Any]) -> Samples:
-    return len(images), (Sample(name, functools.partial(files.read, name), labels.get(name)) for name in images)
+def image_files(files: FileTree, images: list[str], labels: dict[str, Any], notes: Sequence[str] = ()) -> Samples:
+    unread = [f'{count} {kind} files are left out: a kind that is not read' for kind, count in files.unread().items()]
+    items = (Sample(name, functools.partial(files.read, name), labels.get(name)) for name in images)
+    return Samples(len(images), items, [*notes, *unread])
+
+
+def tell_folders(labels: dict[str, int], most: int = 20) -> list[str]:
+    """Which folder became which class."""
+    folders = {label: name.rpartition('/')[0].split('/')[0] or '(none)' for name, label in labels.items()}
+    told = [f'{label} is {printable(folder)}' for label, folder in sorted(folders.items())[:most]]
+    return [f'class {", ".join(told)}{", …" if len(folders) > most else ""}'] if folders else []
 
 
 def labels_from_folders(images: list[str]) -> dict[str, int]:
@@ -98,7 +115,7 @@ def lsun_lmdb(source: str) -> Samples:
         except lmdb.Error as err:
             raise OSError(f'--source={source} is damaged: {err}') from err
 
-    return database.stat()['entries'], samples()
+    return Samples(database.stat()['entries'], samples())
 
 
 # Arrays of pixels.
@@ -144,7 +161,8 @@ def idx_files(source: str) -> Samples:
     try:
         with gzip.open(labels_path) as file:
             (num_labels,) = idx_header(file, 1)
-            labels = list(file.read(num_labels))
+            labels = list(file.read(min(num_labels, MAX_IDX)))
+            to_the_end(file, labels_path)
         with gzip.open(source) as file:
             count, *size = idx_header(file, 3)
     except DAMAGED as err:
@@ -161,10 +179,21 @@ def idx_files(source: str) -> Samples:
                     image = np.frombuffer(file.read(28 * 28), dtype=np.uint8).reshape(28, 28)
                 except DAMAGED as err:
                     raise OSError(f'--source={source} breaks off after {i} of {count} images') from err
+                if i == count - 1:
+                    to_the_end(file, source)
                 image = np.pad(image.T if name.startswith('emnist-') else image, 2)
                 yield Sample(f'{name} image {i}', functools.partial(np.asarray, image), label)
 
-    return count, samples()
+    return Samples(count, samples())
+
+
+MAX_IDX = 1 << 24  # images of one file; EMNIST has 697,932
+
+
+def to_the_end(file: IO[bytes] | gzip.GzipFile, path: str) -> None:
+    """Raise OSError for bytes after what the header announces, or, by reaching the end, for a wrong checksum."""
+    if file.read(1):
+        raise OSError(f'{path} is longer than its header says')
 
 
 def idx_header(file: IO[bytes] | gzip.GzipFile, rank: int) -> tuple[int, ...]:
@@ -201,7 +230,7 @@ def emoji_pictures(source: str) -> Samples:
         found = emoji.pictures(folder, held_out=kind == 'emoji-held-out')
     except OSError as err:
         raise OSError(f'--source={source}: {err}') from err
-    return len(found), (Sample(*picture) for picture in found)
+    return Samples(len(found), (Sample(*picture) for picture in found))
 
 
 def table_of_package(source: str, package: str, file: str) -> np.ndarray:
@@ -227,7 +256,7 @@ def pixels(source: str, images: np.ndarray, labels: list[int]) -> Samples:
     samples = (
         Sample(f'{name} image {i}', functools.partial(np.asarray, images[i]), label) for i, label in enumerate(labels)
     )
-    return len(labels), samples
+    return Samples(len(labels), samples)
 
 
 # The table: the first row that accepts the text of --source is the one.

@@ -15,6 +15,7 @@ class Summary:
     start: float = dataclasses.field(default_factory=time.monotonic)
     kind: Kind | None = None  # of the first image; all must be like it
     labels: dict[int, Label] = dataclasses.field(default_factory=dict)  # of the images that went in, by index
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the source has to tell
     num_read: int = 0
     num_resumed: int = 0
     num_small: int = 0
@@ -47,7 +48,8 @@ class Summary:
             'result': f'{len(self.labels)} images, {self.kind}',
             'labels': describe_labels(list(self.labels.values())),
         }
-        return '\n'.join(f'{name:<10} {text}' for name, text in lines.items() if text)
+        told = [(name, text) for name, text in lines.items() if text] + [('note', text) for text in self.notes]
+        return '\n'.join(f'{name:<10} {text}' for name, text in told)
 
 
 def most_common(counter: collections.Counter[str], n: int = 4) -> str:
@@ -63,4 +65,7 @@ def describe_labels(labels: list[Label]) -> str:
         return f'vectors of length {len(labels[0])}'
     sizes = collections.Counter(labels).values()
     each = f'{min(sizes)} images each' if min(sizes) == max(sizes) else f'{min(sizes)} to {max(sizes)} images'
-    return f'{len(sizes)} classes with {each}'
+    largest = max(label for label in labels if isinstance(label, int))
+    gaps = largest + 1 - len(sizes)
+    empty = f'; label_dim {largest + 1}, of which {gaps} classes have no image' if gaps else ''
+    return f'{len(sizes)} classes with {each}{empty}'

@@ -4,16 +4,21 @@ import io
 import json
 import mmap
 import os
+import posixpath
 import stat
 import struct
+import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import PIL.Image
+
+from dnnlib.util import printable
 
 PIL.Image.init()  # fills the tables of extensions and formats
 
@@ -27,6 +32,12 @@ DAMAGED = (
 # of photographs and drawings that Pillow decodes by itself are opened.
 FORMATS = 'PNG JPEG WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA PCX SGI ICO PSD QOI'
 FORMATS_BUILT = [name for name in FORMATS.split() if name in PIL.Image.OPEN]  # a Pillow may lack some
+
+# Kinds of pictures that people have and Pillow alone does not read: said to be left out, by name.
+UNREAD = {'.heic', '.heif', '.jxl', '.svg', '.cr2', '.cr3', '.nef', '.arw', '.dng', '.raf', '.orf', '.rw2', '.avif'}
+UNREAD -= set(PIL.Image.EXTENSION)
+
+HIDDEN = ('__MACOSX', '@eaDir')  # what other programs leave behind, as are names that begin with a dot
 
 MAX_BYTES = 1 << 30  # of one file: more than any image that Pillow agrees to decode
 
@@ -62,28 +73,64 @@ class FileTree:
             return f.read()
 
     def image_names(self) -> list[str]:
-        """The files that Pillow knows by their extension, sorted; IOError if there are none."""
-        images = sorted(n for n in self.names if os.path.splitext(n)[1].lower() in PIL.Image.EXTENSION)
+        """The files that Pillow knows by their extension, sorted, but hidden ones; IOError if there are none."""
+        images = sorted(name for name in self.names if extension(name) in PIL.Image.EXTENSION and not is_hidden(name))
         if not images:
-            raise OSError(f'{self.path}: no images found')
+            inside = ', '.join(sorted({'images.zip', 'images.npz'} & self.names))
+            raise OSError(f'{self.path}: no images found' + (f'; it holds {inside}: give that file' if inside else ''))
         return images
 
+    def unread(self) -> Counter[str]:
+        """How many pictures there are of kinds that cannot be read, by extension."""
+        found = (extension(name) for name in self.names if not is_hidden(name))
+        return Counter(each for each in found if each in UNREAD)
+
     def labels(self) -> dict[str, int | list[float]] | None:
-        """{file: label} from dataset.json; None without that file or with null labels; IOError if they are bad."""
-        if 'dataset.json' not in self.names:
+        """{image: label} from dataset.json, for every image; None without that file, or if it has none.
+
+        Names count as the same if they differ in `\\`, `./` or Unicode's form only. The file is at the root or, if all
+        images lie below one folder, in that.
+
+        Raises:
+            OSError: labels are bad, contradict one another, or are for some of the images only.
+        """
+        top = {name.split('/')[0] for name in self.image_names()}
+        below = f'{top.pop()}/' if len(top) == 1 else ''
+        prefix = '' if 'dataset.json' in self.names else below
+        if f'{prefix}dataset.json' not in self.names:
             return None
         try:
-            content = json.loads(self.read('dataset.json'))
+            content = json.loads(self.read(f'{prefix}dataset.json').decode('utf-8-sig'))
             if not isinstance(content, dict) or 'labels' not in content:
                 raise ValueError('it has no entry "labels"')
-            labels = content['labels']
-            if labels is None:
+            if not content['labels']:
                 return None
-            labels = dict(labels)
+            labels = self._by_image(content['labels'], prefix)
             label_array(list(labels.values()))
-        except (*DAMAGED, TypeError) as err:
+        except (*DAMAGED, TypeError, AttributeError) as err:
             raise OSError(f'{self.path}: bad labels in dataset.json: {err}') from err
         return labels
+
+    def _by_image(self, labels: Iterable[tuple[str, Any]], prefix: str) -> dict[str, Any]:
+        """The labels under the names that the images have here; other files may have some as well."""
+        images = self.image_names()
+        spelled = {normal(name): name for name in images}
+        found: dict[str, Any] = {}
+        for given, label in labels:
+            name = spelled.get(normal(prefix + given), given)
+            if found.setdefault(name, label) != label:
+                raise ValueError(f'{printable(given)} has two labels, {found[name]} and {label}')
+        missing = [name for name in images if name not in found]
+        if missing:
+            spelling = '' if found.keys() & set(images) else f'; it names {printable(next(iter(found), "no image"))}'
+            more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+            raise ValueError(f'it has no label for {printable(missing[0])}{more}{spelling}')
+        return found
+
+    def state(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, time of the last change) of every file: what changes with the content."""
+        paths = [self.path] if self._is_zip else [os.path.join(self.path, name) for name in sorted(self.names)]
+        return [(os.path.relpath(path, self.path), *_size_and_time(path)) for path in paths]
 
     def _read_zip(self, name: str) -> bytes:
         archive, content = self._open_zip()
@@ -128,6 +175,23 @@ def open_image(data: bytes) -> PIL.Image.Image:
     return image
 
 
+def gray_or_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image in mode L or RGB: what shows the same colours in one of them is converted.
+
+    Black and white, CMYK, YCbCr, palettes, and opaque alpha.
+
+    Raises:
+        ValueError: transparent pixels, or pixels of another kind, such as LAB or of 16 bits.
+    """
+    modes = {'1': 'L', 'L': 'L', 'LA': 'L', 'P': 'RGB', 'PA': 'RGB', 'RGBA': 'RGB'}
+    modes |= dict.fromkeys(('RGB', 'CMYK', 'YCbCr'), 'RGB')
+    if image.mode not in modes:
+        raise ValueError(f'pixels are {image.mode}, not 8-bit grayscale or RGB')
+    if image.has_transparency_data and image.convert('RGBA').getchannel('A').getextrema() != (255, 255):
+        raise ValueError('it has transparent pixels')
+    return image if image.mode == modes[image.mode] else image.convert(modes[image.mode])
+
+
 def channels_first(pixels: np.ndarray) -> np.ndarray:
     """[H, W] or [H, W, C] → [1 or C, H, W], a view."""
     return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -136,17 +200,53 @@ def channels_first(pixels: np.ndarray) -> np.ndarray:
 def label_array(labels: list[Any]) -> np.ndarray:
     """Class numbers as int64 [N], lists of numbers as float32 [N,K]; ValueError for anything else."""
     array = np.array(labels, dtype=np.float64)
-    if array.ndim == 2 and np.isfinite(array).all():
+    if array.ndim == 2 and array.shape[1] and (np.abs(array) <= np.finfo(np.float32).max).all():
         return array.astype(np.float32)
     if array.ndim != 1 or not ((array >= 0) & (array < 2**31) & (array == np.round(array))).all():
-        raise ValueError('labels are class numbers 0, 1, 2, … or lists of finite numbers, all of one length')
+        raise ValueError(
+            'labels are class numbers 0, 1, 2, … or lists of numbers that float32 holds, all of one length'
+        )
     return array.astype(np.int64)
 
 
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is not meant to be seen: also our own .tmp_… files."""
+    return any(part in HIDDEN or (part.startswith('.') and part not in ('.', '..')) for part in name.split('/'))
+
+
+def normal(name: str) -> str:
+    """A name in one spelling of those that mean the same file: folders by '/', no './', composed letters."""
+    return unicodedata.normalize('NFC', posixpath.normpath(name.replace('\\', '/')))
+
+
 def _walk(root: str) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
+    """All files below a folder, linked folders included, each folder once.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def fail(err: OSError) -> None:
+        raise OSError(f'{root}: cannot read the folder {printable(err.filename)}: {err.strerror}') from err
+
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(folder) in seen:  # a link back up, or a second one to the same
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         relative = os.path.relpath(folder, root).replace(os.sep, '/')
         yield from names if relative == '.' else (f'{relative}/{name}' for name in names)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns
 
 
 def _check_size(size: int) -> None:

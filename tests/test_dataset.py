@@ -345,13 +345,13 @@ def test_damaged_archives_are_refused_or_read_right(tmp_path_factory, data):
 
 def test_sixteen_bits(path):
     image = noise(1, 4, 4)[0].astype(np.uint16) * 257
-    assert_refused(write(path, {'0.png': png(image)}), r'0.png has u?int(16|32) pixels', use_pyspng=False)
+    assert_refused(write(path, {'0.png': png(image)}), r'0.png: pixels are I(;16)?, not 8-bit', use_pyspng=False)
 
 
 @pytest.mark.parametrize('channels', [2, 4])
 def test_transparency(path, channels):
     write(path, {'0.png': png(np.zeros([4, 4, channels], np.uint8))})
-    assert_refused(path, f'0.png has {channels} channels, not 1 or 3; dataset_tool.py converts it')
+    assert_refused(path, '0.png: it has transparent pixels', use_pyspng=False)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from image_files import lanczos, noise, png, write
 
 import dataset_tool
 from images.convert import PNG_START, png_chunk
+from images.image_files import ImageFiles
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parent.parent
@@ -204,10 +206,11 @@ def test_labels_from_dataset_json(source, tmp_path, labels):
     assert [dataset.get_details(idx).raw_label.tolist() for idx in range(2)] == labels
 
 
-def test_one_missing_label_makes_all_null(source, tmp_path):
+def test_labels_for_some_images_only_are_refused(source, tmp_path):
     files = {'a/1.png': png(noise(4, 4)), 'b/2.png': png(noise(4, 4)), 'dataset.json': dataset_json([['a/1.png', 1]])}
-    convert(write(source, files), tmp_path / 'out')
-    assert (tmp_path / 'out' / 'dataset.json').read_text() == '{"labels": null}'
+    outcome = run(source=write(source, files), dest=tmp_path / 'out')
+    assert outcome.exit_code == 1
+    assert 'it has no label for b/2.png' in outcome.output
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,8 @@ def assert_refused(folder, message, **options):
 @pytest.mark.parametrize(('name', 'problem'), [('x', 'no such file or folder'), ('a.tar', 'not supported')])
 def test_sources_that_are_none(tmp_path, name, problem):
     (tmp_path / 'a.tar').write_bytes(b'')
-    possible = 'possible: mnist-5k, digits, NAME_lmdb, FOLDER, FILE.zip, cifar-10-python.tar.gz, *images-idx3-ubyte.gz'
+    possible = 'possible: mnist-5k, digits, emoji:FOLDER, emoji-held-out:FOLDER, NAME_lmdb, FOLDER, FILE.zip, '
+    possible += 'cifar-10-python.tar.gz, *images-idx3-ubyte.gz'
     assert_refused(tmp_path, f'{problem}; {possible}', source=tmp_path / name)
 
 
@@ -617,16 +621,17 @@ def test_broken_images_stop_the_run(source, name):
 
 
 def test_broken_images_are_skipped_and_counted(source, dest):
-    write(source, {'0.png': GOOD, **{name: data for name, (data, _) in BROKEN.items()}, 'z.png': GOOD})
+    broken = {name: each for name, each in BROKEN.items() if name != 'gray.png'}  # which is a choice, not a damage
+    write(source, {'0.png': GOOD, **{name: data for name, (data, _) in broken.items()}, 'z.png': GOOD})
     result = run(source=source, dest=dest, skip_broken=True)
     assert result.exit_code == 0, result.output
-    assert f'broken     {len(BROKEN)} left out' in result.output
+    assert f'broken     {len(broken)} left out' in result.output
     assert 'result     2 images, 32x32 RGB' in result.output
-    for name, (_, message) in BROKEN.items():
+    for name, (_, message) in broken.items():
         assert any(line.startswith(f'Broken: {name}: ') and message in line for line in result.output.splitlines())
     dataset = ImageFolderDataset(dest)
     assert len(dataset) == 2
-    assert dataset._image_names[-1] == f'00000/img{len(BROKEN) + 1:08d}.png'
+    assert dataset._image_names[-1] == f'00000/img{len(broken) + 1:08d}.png'
 
 
 def test_nothing_but_broken_images(source):
@@ -752,7 +757,10 @@ def test_validate_passes_what_the_tool_wrote(dest):
         ({'1.png': GOOD[:-100]}, '1 images are broken'),
         ({'1.png': png(noise(32, 32))}, '1 images are broken'),
         ({'1.png': png(PIL.Image.fromarray(noise(32, 32, 3)).quantize(9))}, '1 images are broken'),
-        ({'1.png': GOOD, 'dataset.json': dataset_json([['0.png', 1]])}, 'dataset.json has no label for 1.png'),
+        (
+            {'1.png': GOOD, 'dataset.json': dataset_json([['0.png', 1]])},
+            'bad labels in dataset.json: it has no label for 1.png',
+        ),
         ({'dataset.json': dataset_json([['0.png', 1], ['1.png', 1]])}, 'dataset.json names 1.png and 0 more that'),
         ({'dataset.json': b'{'}, 'bad labels in dataset.json'),
     ],
@@ -783,3 +791,154 @@ def test_options_that_do_not_fit(options, message):
     result = run(**options)
     assert result.exit_code != 0
     assert message in result.output.splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------
+# What is in a folder, and what is said of it.
+
+
+def rgb(seed):
+    return png(np.random.RandomState(seed).randint(0, 256, [4, 4, 3], dtype=np.uint8))
+
+
+def folder_of_classes(path, **classes):
+    return write(path, {f'{name}/{i}.png': rgb(i) for name, count in classes.items() for i in range(count)})
+
+
+@pytest.mark.parametrize(
+    'left_behind', ['.ipynb_checkpoints/0.png', '__MACOSX/cat/._0.png', '@eaDir/0.png', '.tmp_1.png']
+)
+def test_what_other_programs_leave_behind_is_no_class(tmp_path, left_behind):
+    write(folder_of_classes(tmp_path / 'in', cat=2, dog=2), {left_behind: rgb(9), f'cat/{left_behind}': rgb(9)})
+    dataset = convert(tmp_path / 'in', tmp_path / 'out.zip')
+    assert [dataset.get_label(i).argmax() for i in range(len(dataset))] == [0, 0, 1, 1]
+
+
+def test_linked_classes_are_followed_and_loops_end(tmp_path):
+    folder_of_classes(tmp_path / 'in', cat=2, dog=2)
+    folder_of_classes(tmp_path / 'real', owl=3)
+    (tmp_path / 'in' / 'owl').symlink_to(tmp_path / 'real' / 'owl')
+    (tmp_path / 'in' / 'dog' / 'up').symlink_to(tmp_path / 'in')
+    dataset = convert(tmp_path / 'in', tmp_path / 'out.zip')
+    assert (len(dataset), dataset.label_dim) == (7, 3)
+
+
+def test_an_unreadable_folder_is_an_error(tmp_path, monkeypatch):
+    folder_of_classes(tmp_path / 'in', cat=2, dog=2)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('dog'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    outcome = run(source=tmp_path / 'in', dest=tmp_path / 'out.zip')
+    assert outcome.exit_code == 1
+    assert 'cannot read the folder' in outcome.output
+    assert 'dog: Permission denied' in outcome.output
+
+
+def test_the_summary_tells_folders_unread_kinds_and_empty_classes(tmp_path):
+    write(
+        folder_of_classes(tmp_path / 'in', **{'2': 1, '10': 2}), {'2/a.HEIC': b'x', '2/b.heic': b'x', '2/c.svg': b'x'}
+    )
+    said = run(source=tmp_path / 'in', dest=tmp_path / 'out.zip').output
+    assert 'class 0 is 10, 1 is 2' in said
+    assert '2 .heic files are left out' in said
+    assert '1 .svg files are left out' in said
+    labels = [['00000/img00000000.png', 4], ['00000/img00000001.png', 1], ['00000/img00000002.png', 4]]
+    write(tmp_path / 'gaps', {**{name: rgb(0) for name, _ in labels}, 'dataset.json': dataset_json(labels)})
+    assert (
+        '2 classes with 1 to 2 images; label_dim 5, of which 3 classes have no image'
+        in run(validate=tmp_path / 'gaps').output
+    )
+
+
+SPELLINGS = {
+    'dot': lambda name: f'./{name}',
+    'backslash': lambda name: name.replace('/', '\\'),
+    'decomposed': lambda name: unicodedata.normalize('NFD', name),
+}
+
+
+@pytest.mark.parametrize('spelling', SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize('below', ['', 'top/'])
+def test_other_spellings_in_dataset_json_mean_the_same_image(tmp_path, spelling, below):
+    names = ['a/\u00e9.png', 'a/1.png', 'b/2.png']
+    labels = dataset_json([[spelling(name), label] for name, label in zip(names, [2, 0, 1], strict=True)])
+    write(
+        tmp_path / 'in', {f'{below}{name}': rgb(i) for i, name in enumerate(names)} | {f'{below}dataset.json': labels}
+    )
+    dataset = convert(tmp_path / 'in', tmp_path / 'out.zip')
+    assert [dataset.get_label(i).argmax() for i in range(3)] == [0, 2, 1]  # 1.png, é.png, 2.png
+
+
+@pytest.mark.parametrize(
+    ('labels', 'words'),
+    [
+        ([['1.png', 0], ['2.png', 1], ['1.png', 1]], '1.png has two labels, 0 and 1'),
+        ([['other/1.png', 0], ['other/2.png', 1]], 'no label for 1.png and 1 more; it names other/1.png'),
+        ([['1.png', [1e39]], ['2.png', [0]]], 'numbers that float32 holds'),
+        ([['1.png', []], ['2.png', []]], 'numbers that float32 holds'),
+    ],
+)
+def test_labels_that_cannot_be_right_are_refused(tmp_path, labels, words):
+    write(tmp_path / 'in', {'1.png': rgb(0), '2.png': rgb(1), 'dataset.json': dataset_json(labels)})
+    for options in ({'source': tmp_path / 'in', 'dest': tmp_path / 'out.zip'}, {'validate': tmp_path / 'in'}):
+        outcome = run(**options)
+        assert outcome.exit_code == 1
+        assert words in outcome.output
+
+
+@pytest.mark.parametrize('skip', [{}, {'skip_broken': True}])
+def test_gray_among_colour_is_a_choice(tmp_path, skip):
+    """Advice by cause, and following it succeeds; no first image decides."""
+    gray = png(np.random.RandomState(1).randint(0, 256, [4, 4], dtype=np.uint8))
+    write(tmp_path / 'in', {'0.png': gray, **{f'{i}.png': rgb(i) for i in range(1, 9)}})
+    outcome = run(source=tmp_path / 'in', dest=tmp_path / 'out.zip', **skip)
+    assert outcome.exit_code == 1
+    assert 'but the first image is 4x4 grayscale; --channels=3 makes all RGB' in outcome.output
+    for channels in (1, 3):
+        dataset = convert(tmp_path / 'in', tmp_path / f'{channels}.zip', channels=channels, **skip)
+        assert (len(dataset), dataset.num_channels) == (9, channels)
+
+
+def odd_images():
+    """{name: image file} that shows red on the left and green on the right."""
+    pixels = np.zeros([8, 8, 3], np.uint8)
+    pixels[:, :4], pixels[:, 4:] = (200, 30, 60), (10, 220, 90)
+    image = PIL.Image.fromarray(pixels)
+    return {
+        'palette.png': saved(image.quantize(4), 'png'),
+        'opaque.png': saved(image.convert('RGBA'), 'png'),
+        'ycbcr.tif': saved(image.convert('YCbCr'), 'tiff'),
+        'cmyk.tif': saved(image.convert('CMYK'), 'tiff'),
+    }
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('name', odd_images())
+def test_other_modes_have_the_same_colours_everywhere(tmp_path, name):
+    write(tmp_path / 'in', {name: odd_images()[name]})
+    images = [convert(tmp_path / 'in', tmp_path / 'out.zip')[0][0]]
+    images += [ImageFolderDataset(tmp_path / 'in', use_pyspng=False)[0][0], ImageFiles([str(tmp_path / 'in')])[0][1]]
+    for image in images:
+        assert np.abs(image[:, 0, 0].astype(int) - [200, 30, 60]).max() <= 6
+        assert np.abs(image[:, 0, -1].astype(int) - [10, 220, 90]).max() <= 6
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'P'])
+def test_transparent_colours_are_refused_everywhere(tmp_path, mode):
+    image = PIL.Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert(mode)
+    transparency = (7, 7, 7) if mode == 'RGB' else image.getpixel((7, 0))
+    write(tmp_path / 'in', {'1.png': saved(image, 'png', transparency=transparency)})
+    assert 'it has transparent pixels' in run(source=tmp_path / 'in', dest=tmp_path / 'out.zip').output
+    with pytest.raises(OSError, match='it has transparent pixels'):
+        ImageFolderDataset(tmp_path / 'in', use_pyspng=False)
+    assert 'it has transparent pixels' in ImageFiles([str(tmp_path / 'in')])[0][2]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign_edm
+import generate_here
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,11 +18,20 @@ from image_files import png, write
 
 import fid
 import generate
+from images.image_files import ImageFiles
 from metrics import distances
 from training.dataset import ImageFolderDataset
 
 ROOT = Path(__file__).parents[1]
 PIXELS = ['--detector=pixels', '--workers=0']
+TINY = {
+    'img_resolution': 8,
+    'img_channels': 1,
+    'model_type': 'SongUNet',
+    'model_channels': 8,
+    'channel_mult': [1],
+    'num_blocks': 1,
+}
 
 
 @pytest.fixture
@@ -145,9 +156,9 @@ def test_too_few_images(folders):
 
 BROKEN = {
     'truncated': (lambda image: png(image)[:60], 'cannot use'),
-    'alpha': (lambda image: png(np.dstack([image, image[:, :, :1]])), 'alpha'),
+    'alpha': (lambda image: png(np.dstack([image, image[:, :, :1]])), 'transparent pixels'),
     'large': (lambda image: png(np.tile(image, [2, 1, 1])), 'shape [3, 8, 4]'),
-    'deep': (lambda image: png(PIL.Image.fromarray(image[:, :, 0].astype(np.uint16))), 'kind I'),
+    'deep': (lambda image: png(PIL.Image.fromarray(image[:, :, 0].astype(np.uint16))), 'pixels are I'),
 }
 
 
@@ -168,6 +179,11 @@ def test_features_are_kept_and_used(folders, tmp_path):
     real, pale = folders
     path = tmp_path / 'features.npz'
     first = calc(pale, real, '--num=50', '--metrics=fid,swd', f'--features={path}')
+    changed = next(pale.rglob('*.png'))
+    before = changed.read_bytes()
+    changed.write_bytes(next(real.rglob('*.png')).read_bytes() if real.is_dir() else before + b' ')
+    output = calc(pale, real, '--num=50', '--metrics=fid,swd', f'--features={path}', status=1).output
+    assert 'was made with content' in output
     for file in pale.rglob('*.png'):
         file.unlink()
     second = calc(pale, real, '--num=50', '--metrics=fid,swd', f'--features={path}')
@@ -258,3 +274,49 @@ def test_generated_images_measure_the_same_without_files(tmp_path):
     assert '--outdir is missing' in generated(status=2)
     assert "'fidd' is none of" in generated('--metrics=fidd', f'--ref={ref}', status=1)
     assert 'no reference statistics' in generated(metrics, f'--ref={tmp_path / "out" / "000003.png"}', status=1)
+
+
+# ----------------------------------------------------------------------------
+# What counts as images.
+
+
+def generated(tmp_path, kind):
+    network = tmp_path / 'net.pkl'
+    if not network.exists():
+        foreign_edm.write_foreign_snapshot(network, 'EDMPrecond', TINY)
+    outdir = tmp_path / kind
+    args = (
+        f'--network={network}',
+        f'--outdir={outdir}',
+        f'--format={kind}',
+        '--seeds=0-4',
+        '--steps=2',
+        '--device=cpu',
+    )
+    outcome = generate_here.run(*args)
+    assert outcome.status == 0, outcome.err
+    return outdir
+
+
+def test_everything_that_generate_writes_is_read_alike(tmp_path):
+    folders = {kind: generated(tmp_path, kind) for kind in ('png', 'zip', 'npz')}
+    paths = [*folders.values(), folders['zip'] / 'images.zip', folders['npz'] / 'images.npz']
+    numbers = {calc(path, folders['png'], '--num=5', '--metrics=fid,swd').stdout for path in paths}
+    assert len(numbers) == 1
+
+
+@pytest.mark.parametrize('again', ['.', '../pale', 'link'])
+def test_the_same_images_twice_are_an_error(folders, tmp_path, again):
+    real, pale = folders
+    (pale.parent / 'link').symlink_to(pale)
+    other = pale.parent / 'link' if again == 'link' else pale / again
+    output = run('calc', f'--images={pale}', f'--images={other}', f'--ref={real}', '--num=5', *PIXELS, status=1).output
+    assert 'is given twice' in output
+
+
+def test_a_gray_image_among_colours_is_repeated(tmp_path):
+    gray = np.random.RandomState(0).randint(0, 256, [8, 8], dtype=np.uint8)
+    write(tmp_path / 'in', {'a.png': png(np.stack([gray] * 3, axis=2)), 'b.png': png(gray)})
+    (_, first, _), (_, second, problem) = ImageFiles([str(tmp_path / 'in')])
+    assert problem == ''
+    assert np.array_equal(first, second)

@@ -25,7 +25,7 @@ from images.tree import open_image
 
 def everything(source, max_images=None):
     """(images as a list of arrays, labels) of a source."""
-    count, samples = sources.open_source(str(source), max_images)
+    count, samples, _ = sources.open_source(str(source), max_images)
     samples = list(samples)
     assert len(samples) == count
     raws = [sample.read() for sample in samples]
@@ -270,7 +270,7 @@ def test_lmdb_that_is_none(tmp_path):
 def test_lmdb_is_read_in_the_order_of_its_keys_and_left_alone(tmp_path):
     path = write_lmdb(tmp_path / 'church_outdoor_train_lmdb', noise(5, 8, 8, 3), None)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    count, samples = sources.open_source(f'{path}/', None)
+    count, samples, _ = sources.open_source(f'{path}/', None)
     assert [sample.name for sample in itertools.islice(samples, 3)] == ['000000', '000001', '000002']
     assert count == 5
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from images.tree import DAMAGED, FileTree, channels_first, label_array, open_image
+from images.tree import DAMAGED, FileTree, channels_first, gray_or_rgb, label_array, open_image
 
 try:
     import pyspng
@@ -169,12 +169,7 @@ class ImageFolderDataset(Dataset):
 
     def _read_labels(self) -> np.ndarray | None:
         labels = self._files.labels()
-        if labels is None:
-            return None
-        missing = next((name for name in self._image_names if name not in labels), None)
-        if missing is not None:
-            raise OSError(f'{self._files.path}: dataset.json has no label for {missing}')
-        return label_array([labels[name] for name in self._image_names])
+        return None if labels is None else label_array([labels[name] for name in self._image_names])
 
     def _decode(self, name: str) -> np.ndarray:
         """One image file as uint8 [C,H,W]."""
@@ -204,6 +199,4 @@ def choose_subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:
 
 
 def _with_pillow(data: bytes) -> np.ndarray:
-    image = open_image(data)
-    # A palette image holds indices into its palette, which would pass for gray levels.
-    return np.array(image.convert('RGB') if image.mode == 'P' else image)
+    return np.array(gray_or_rgb(open_image(data)))  # indices into a palette, say, would pass for gray levels
