@@ -95,9 +95,7 @@ def read(sample: Sample, finished: Kind | None) -> Raw:
 def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
     """What is wrong with an image: they are squares whose side is a power of two, all like the first."""
     if mixed(kind, first):
-        return (
-            f'it is {kind}, but the first image is {first}; --channels=3 makes all RGB, --channels=1 all gray'
-        )
+        return f'it is {kind}, but the first image is {first}; --channels=3 makes all RGB, --channels=1 all gray'
     if first and kind != first:
         return f'it is {kind}, but the first image is {first}; bring all to one size with --resolution=64x64'
     if kind.height != kind.width:

@@ -192,7 +192,11 @@ MAX_IDX = 1 << 24  # images of one file; EMNIST has 697,932
 
 def to_the_end(file: IO[bytes] | gzip.GzipFile, path: str) -> None:
     """Raise OSError for bytes after what the header announces, or, by reaching the end, for a wrong checksum."""
-    if file.read(1):
+    try:
+        more = file.read(1)
+    except DAMAGED as err:
+        raise OSError(f'{path} is damaged: {err}') from err
+    if more:
         raise OSError(f'{path} is longer than its header says')
 
 

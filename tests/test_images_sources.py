@@ -246,6 +246,10 @@ def test_idx_files_that_are_none(tmp_path):
     assert_refused(path, 'breaks off after 2 of 3 images')
     path.write_bytes(good[:-20])
     assert_refused(path, 'breaks off after')
+    path.write_bytes(good[:-8] + bytes([good[-8] ^ 1]) + good[-7:])  # another checksum of the same images
+    assert_refused(path, r'images-idx3-ubyte\.gz is damaged: CRC check failed')
+    path.write_bytes(gzip.compress(gzip.decompress(good) + b'x'))
+    assert_refused(path, 'is longer than its header says')
     path.write_bytes(b'text')
     assert_refused(path, 'Not a gzipped file')
     path.write_bytes(gzip.compress(struct.pack('>IIII', 2051, 3, 1 << 30, 1 << 30)))
