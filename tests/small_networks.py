@@ -74,3 +74,18 @@ class CountOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.counts[str(func.overloadpacket)] += 1
         return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def assert_forward_mode(f, primal, tangent, within):
+    """The derivative of f along the tangent, in float64, against a central difference of fourth order."""
+    out, jvp = torch.func.jvp(f, (primal,), (tangent,))
+
+    def central(h):
+        return (f(primal + h * tangent) - f(primal - h * tangent)) / (2 * h)
+
+    reference = (4 * central(1e-5) - central(2e-5)) / 3
+    assert out.dtype == jvp.dtype == torch.float64
+    assert torch.equal(out, f(primal))
+    assert float(reference.norm()) > 1e-3
+    assert float((jvp - reference).norm() / reference.norm()) < within

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from golden_edm2 import CASES, DATA, GOLDEN, assert_matches, fill, inputs, network, wave
+from small_networks import assert_forward_mode
 
 from training.networks_edm2 import (
     Block,
@@ -357,16 +358,7 @@ def test_forward_mode_agrees_with_a_central_difference(name, wrt):
         primal, tangent, f = x, wave(x.shape, 1, 0.5, torch.cos).double(), lambda value: net(value, sigma, labels)
     else:
         primal, tangent, f = sigma, torch.tensor([1.0, -0.7]).double(), lambda value: net(x, value, labels)
-    out, jvp = torch.func.jvp(f, (primal,), (tangent,))
-
-    def central(h):
-        return (f(primal + h * tangent) - f(primal - h * tangent)) / (2 * h)
-
-    reference = (4 * central(1e-5) - central(2e-5)) / 3
-    assert out.dtype == jvp.dtype == torch.float64
-    assert torch.equal(out, f(primal))
-    assert float(reference.norm()) > 1e-3
-    assert float((jvp - reference).norm() / reference.norm()) < 1e-7
+    assert_forward_mode(f, primal, tangent, within=1e-7)
 
 
 def test_the_derivative_of_the_normalization_at_zero():

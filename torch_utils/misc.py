@@ -61,16 +61,9 @@ def constant(
     return _constants[key]
 
 
-def const_like(
-    ref: torch.Tensor,
-    value: Any,
-    shape: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    memory_format: torch.memory_format | None = None,
-) -> torch.Tensor:
+def const_like(ref: torch.Tensor, value: Any, shape: Sequence[int] | None = None, **options: Any) -> torch.Tensor:
     """`constant` with the dtype and on the device of `ref`. The source text in EDM2's pickles calls it."""
-    return constant(value, shape, dtype or ref.dtype, device or ref.device, memory_format)
+    return constant(value, shape, **{'dtype': ref.dtype, 'device': ref.device, **options})
 
 
 def _indexed(device: torch.device) -> torch.device:
