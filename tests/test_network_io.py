@@ -1,6 +1,7 @@
 """Reading networks: what is read equals what was written, and no file makes the reader run its code or fall over."""
 
 import builtins
+import copy
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from attacks import Reduced, Stored, meta_of, named, text
 
 from torch_utils import network_io, network_pickle, persistence
 from torch_utils.network_io import NetworkFileError
-from training import augment, loss, networks
+from training import augment, fast, loss, networks
 
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
 SKIPS = SONG | {'embedding_type': 'fourier', 'encoder_type': 'residual', 'resample_filter': [1, 3, 3, 1]}
@@ -58,7 +59,9 @@ def marker(tmp_path):
     assert not path.exists()
 
 
-def outputs(net):
+def outputs(net, rules=fast.install):
+    """Of a copy with the rules that every network gets which is read, so that equal weights give equal bits."""
+    net = rules(copy.deepcopy(net))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn([2, net.img_channels, net.img_resolution, net.img_resolution], generator=generator)
     labels = torch.eye(net.label_dim)[:2] if net.label_dim else None
@@ -203,7 +206,7 @@ def test_weights_and_outputs_are_those_of_the_original_classes(path):
         original = network_io.load_network(str(path), trust_pickle=True)
         rebuilt = network_io.load_network(str(path))
         assert type(original) is not type(rebuilt)
-        assert torch.equal(outputs(rebuilt), outputs(original))
+        assert torch.equal(outputs(rebuilt, fast.remove), outputs(original))
 
 
 def test_trusted_files_run_their_code_and_say_so(foreign, capsys):
