@@ -8,10 +8,11 @@ sampler_2nd.py, seeds become images in sampling/draw.py, images become files in 
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import dnnlib
 import sampler_2nd
 from dnnlib import options
-from dnnlib.options import ClassList, IntList, NewFile, at_least_one, non_negative, positive
+from dnnlib.options import ClassList, IntList, NewFile, at_least_one, non_negative, positive, user_path
 from images import pictures
 from images.files import own_files
 from metrics import measure
@@ -49,6 +50,7 @@ class Stopped(Exception):  # noqa: N818 (no error)
 
 def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial, device: torch.device) -> None:
     """Draw the batches that are not there, and then make of all images what was asked for."""
+    warn_of_repeated_streams(opts.seeds)
     output = open_output(opts, loaded, sampler)
     if output is not None:
         output.finished = dist.on_rank0(partial(output.check, opts.seeds))
@@ -75,7 +77,7 @@ def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial
         dist.on_rank0(partial(output.assemble, opts.seeds, classes))
         dist.print0(f'Saved in {os.path.abspath(output.path)}')
     if judge is not None and judged is not None:
-        print_verdict(judge.finish(judged))
+        print_verdict(judge.finish(judged), opts.numbers_to)
     save_pictures(opts, loaded.net, first, sampler, device)
 
 
@@ -98,6 +100,20 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
     return Output(opts.outdir, settings, note, opts.format, opts.subdirs, opts.overwrite)
 
 
+def warn_of_repeated_streams(seeds: Sequence[int]) -> None:
+    if max(seeds) < draw.STREAMS:
+        return
+    first: dict[int, int] = {}
+    for seed in seeds:
+        other = first.setdefault(seed % draw.STREAMS, seed)
+        if other != seed:
+            dist.print0(
+                f'Warning: seeds are taken modulo 2^32, as EDM does it: {other} and {seed} of --seeds have the same '
+                'random numbers'
+            )
+            return
+
+
 def my_share(batches: Sequence[list[int]]) -> Sequence[list[int]]:
     """The batches of this process; rank 0 has as many as any."""
     return batches[dist.get_rank() :: dist.get_world_size()]
@@ -109,11 +125,19 @@ def give(seeds: Sequence[int], images: np.ndarray, judged: measure.FeatureSet | 
         judged.add_pixels(seeds, images)
 
 
-def print_verdict(verdict: Verdict) -> None:
+@contextlib.contextmanager
+def alone_on_stdout() -> Iterator[TextIO]:
+    """Gives stdout, for programs that read it; what is printed for people inside the `with` block goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+
+
+def print_verdict(verdict: Verdict, numbers_to: TextIO) -> None:
     for text in verdict.warnings:
         dist.print0(f'Warning: {text}')
     for name, value in verdict.numbers.items():
-        dist.print0(f'{name} {value:g}')
+        dist.print0(f'{name} {value:g}', file=numbers_to)
 
 
 def draw_missing(
@@ -243,8 +267,8 @@ python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x
 
 # fmt: off
 @click.command(help=HELP, context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network')
-@click.option('--outdir',                    help='Where to save the images; a run there is continued', metavar='DIR')
+@click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', type=user_path, default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network')
+@click.option('--outdir',                    help='Where to save the images; a run there is continued', metavar='DIR', type=user_path)
 @click.option('--seeds',                     help='Random seeds, one per image', metavar='LIST', type=IntList('seeds look like 0-63 or 1,2,5-10'), default='0-63')
 @click.option('--subdirs',                   help='One subfolder per 1000 seeds', is_flag=True)
 @click.option('--format',                    help='PNG files, or OUTDIR/images.npz or .zip (a dataset)', type=click.Choice(FORMATS), default='png')
@@ -252,15 +276,15 @@ python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x
 @click.option('--class', 'class_idx',        help='Class label, or several that the seeds take in turns', metavar='LIST', type=ClassList('classes look like 3, 0-9 or 1,5,7-9'), show_default='random')
 @click.option('--batch', 'max_batch_size',   help='Maximum batch size of a process', metavar='INT', type=at_least_one, default=64)
 @click.option('--metrics',                   help=f'Measure the images: some of {",".join(measure.METRICS)}', metavar='LIST')
-@click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL')
-@click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', show_default='that of --ref')
+@click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL', type=user_path)
+@click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', type=user_path, show_default='that of --ref')
 @click.option('--grid',                      help=f'Picture of the first {GRID_IMAGES} images', metavar='PNG', type=NewFile('.png'))
 @click.option('--trajectory',                help=f'Denoised images along the way, of the first {TRAJECTORY_IMAGES} seeds: strip or animation', metavar='PNG|GIF', type=NewFile('.png', '.gif'))
 @click.option('--device',                    help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 @click.option('--trust-pickle',              help='Run the code inside the network file', is_flag=True)
 @click.option('--dtype',                     help='Precision inside the network; the state stays float64', type=click.Choice(['fp32', 'fp16', 'bf16']), show_default="fp32, or the file's own on CUDA")
 @click.option('--compile', 'compile_net',    help='Compile the network first, for minutes; not with --sampler=taylor', is_flag=True)
-@click.option('--gnet',                      help='Guiding network: a worse or unconditional one', metavar='NAME|PATH|URL')
+@click.option('--gnet',                      help='Guiding network: a worse or unconditional one', metavar='NAME|PATH|URL', type=user_path)
 @click.option('--guidance',                  help='Strength G: D = D_gnet + G (D_net - D_gnet)', metavar='FLOAT', type=float, show_default='1, none')
 @click.option('--sampler',                   help='Sampler (see above)', type=click.Choice(list(choose.samplers())), show_default='heun')
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=at_least_one, default=18)
@@ -290,8 +314,9 @@ def main(**kwargs):
     except ValueError as err:
         raise click.ClickException(str(err)) from None
     try:
-        loaded = networks.LoadedNetworks(opts, device)
-        run(opts, loaded, sampler, device)
+        with alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
+            loaded = networks.LoadedNetworks(opts, device)
+            run(opts, loaded, sampler, device)
     except Stopped as stop:
         if dist.get_rank() == 0:
             click.echo(stopped_line(opts, str(stop)), err=True)

@@ -57,8 +57,8 @@ def explain_extremes(sampler: Callable[P, torch.Tensor]) -> Callable[P, torch.Te
             if any(frame.f_code is Denoiser._call.__code__ for frame, _ in traceback.walk_tb(err.__traceback__)):
                 raise
             raise ValueError(
-                f'these settings lead out of the range of float64 ({err.args[-1]}): sigma_min, sigma_max or the strength '
-                'of the noise is too extreme'
+                f'these settings lead out of the range of float64 ({err.args[-1]}): sigma_min, sigma_max or '
+                'the strength of the noise is too extreme'
             ) from err
 
     return explained

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib.options import FiniteRange, ListOf, PositiveInts, at_least_one
+from dnnlib.options import FiniteRange, ListOf, PositiveInts, at_least_one, user_path
 from images.pictures import contact_sheet
 from sampling import choose
 from sampling.draw import generate_images, split_seeds
@@ -224,8 +224,8 @@ fraction = FiniteRange(min=0, max=1)
 # fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 # Main options.
-@click.option('--outdir',        help='Where to save the results', metavar='DIR', required=True)
-@click.option('--data',          help='Dataset', metavar='ZIP|DIR', required=True)
+@click.option('--outdir',        help='Where to save the results', metavar='DIR', type=user_path, required=True)
+@click.option('--data',          help='Dataset', metavar='ZIP|DIR', type=user_path, required=True)
 @click.option('--cond',          help='Train a class-conditional network', metavar='BOOL', type=bool, default=False)
 @click.option('--arch',          help='Network architecture', type=click.Choice(list(ARCHS)), default='ddpmpp')
 @click.option('--precond',       help='Preconditioning and loss', type=click.Choice(list(PRECONDS)), default='edm')
@@ -265,8 +265,8 @@ fraction = FiniteRange(min=0, max=1)
 @click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
 @click.option('--dump',          help='Save the training state every', metavar='TICKS', type=at_least_one, default=500)
 @click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(0, 2**32 - 1))
-@click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL')
-@click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest')
+@click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL', type=user_path)
+@click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest', type=user_path)
 @click.option('--trust-pickle',  help='Run the code in the files of --transfer and --resume', is_flag=True)
 @click.option('-n', '--dry-run', help='Print the config and exit', is_flag=True)
 def main(**kwargs):

@@ -25,6 +25,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is no JSON object.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f'{path} is not a file')  # reading a pipe would never end
     with open(path, encoding='utf-8') as file:
         try:
             record = json.load(file)

@@ -14,6 +14,7 @@ import torch
 
 import sampler_2nd
 
+STREAMS = 2**32  # seeds are taken modulo this number, as EDM does it
 IMAGE_VERSION = 2  # one more whenever the same settings make other images
 
 
@@ -22,7 +23,7 @@ class StackedRandomGenerator:
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
         self._device = device
-        self._generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
+        self._generators = [torch.Generator(device).manual_seed(int(seed) % STREAMS) for seed in seeds]
 
     def randn(self, size: Sequence[int], **kwargs: Any) -> torch.Tensor:
         return self._stack(torch.randn, size, **kwargs)

@@ -147,6 +147,14 @@ def test_a_damaged_state_is_told_and_the_one_before_taken(data, copied, capsys, 
     assert 'Traceback' not in run.output
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no named pipes')
+def test_a_pipe_is_no_state(data, copied):
+    os.mkfifo(copied / 'training-state-000009.pt')
+    run = train_here(data, copied, '--duration=0.002', '--samples=3', '--snap=1')
+    assert 'training-state-000009.pt is damaged (it is not a file); passed over' in run.output
+    assert 'This run is complete' in run.output
+
+
 def test_damaged_states_alone_start_nothing(data, copied, tmp_path):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     for path in copied.glob('*.pt'):

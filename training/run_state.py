@@ -167,6 +167,8 @@ def latest_state(folder: str) -> str | None:
 
 def find_damage(path: str) -> str | None:
     """What is wrong with a state file, by the checksums of its parts, which PyTorch writes and does not look at."""
+    if not os.path.isfile(path):
+        return 'it is not a file'  # reading a pipe would never end
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
