@@ -48,12 +48,17 @@ class Stopped(Exception):  # noqa: N818 (no error)
     """A signal has ended the run; the message is its name."""
 
 
-def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial, device: torch.device) -> None:
+def run(
+    opts: dnnlib.EasyDict,
+    loaded: networks.LoadedNetworks,
+    sampler: partial,
+    device: torch.device,
+    output: Output | None,
+) -> None:
     """Draw the batches that are not there, and then make of all images what was asked for."""
     warn_of_repeated_streams(opts.seeds)
-    output = open_output(opts, loaded, sampler)
     if output is not None:
-        output.finished = dist.on_rank0(partial(output.check, opts.seeds))
+        output.check(opts.seeds)
     judge = Judge(measure.parse_metrics(opts.metrics), opts.ref, opts.detector, device) if opts.metrics else None
     judged = judge.start() if judge else None
     first = FirstImages(opts.seeds, GRID_IMAGES if opts.grid is not None else 0)
@@ -316,7 +321,8 @@ def main(**kwargs):
     try:
         with alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
             loaded = networks.LoadedNetworks(opts, device)
-            run(opts, loaded, sampler, device)
+            with open_output(opts, loaded, sampler) or contextlib.nullcontext() as output:
+                run(opts, loaded, sampler, device, output)
     except Stopped as stop:
         if dist.get_rank() == 0:
             click.echo(stopped_line(opts, str(stop)), err=True)

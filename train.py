@@ -305,8 +305,9 @@ def main(**kwargs):
         dist.print0('Dry run; exiting.')
         return
 
-    dist.on_rank0(partial(_make_run_dir, run_dir, config))
-    _train(config, run_dir, device)
+    with contextlib.ExitStack() as until_exit:
+        run_dir = dist.on_rank0(partial(_make_run_dir, run_dir, opts, dataset.name, config, until_exit))
+        _train(config, run_dir, device)
 
 # fmt: on
 
@@ -401,16 +402,31 @@ def _compare_options(config: dict[str, Any]) -> None:
         print(f'Changed since {state}: {", ".join(free)}')
 
 
-def _make_run_dir(run_dir: str, config: dict[str, Any]) -> None:
-    """The folder with the options and a log that can be written; what a killed run had half written goes."""
+def _make_run_dir(
+    run_dir: str, opts: dnnlib.EasyDict, dataset_name: str, config: dict[str, Any], until_exit: contextlib.ExitStack
+) -> str:
+    """Make the folder, with the options and a log that can be written; what a killed run had half written goes.
+
+    Without --nosubdir the folder is new: where another run has just made it, the one with the next number.
+    """
     try:
-        os.makedirs(run_dir, exist_ok=True)
+        os.makedirs(opts.outdir, exist_ok=True)
+        while not opts.nosubdir:
+            try:
+                os.mkdir(run_dir)
+                break
+            except FileExistsError:
+                run_dir = run_dir_name(opts, dataset_name)
+                print(f'Another run has made that directory; this one has {run_dir}')
+        with open(os.path.join(run_dir, 'log.txt'), 'a'):
+            pass
+        if not until_exit.enter_context(dnnlib.util.in_use(os.path.join(run_dir, 'log.txt'))):
+            raise click.ClickException(f'another run is training in {run_dir}; choose another --outdir')
         for name in os.listdir(run_dir):
             if name.startswith('.tmp_'):
                 os.unlink(os.path.join(run_dir, name))
         run_options.save(run_dir, config)
-        with open(os.path.join(run_dir, 'log.txt'), 'a'):
-            pass
+        return run_dir
     except OSError as err:
         raise click.ClickException(f'cannot write to the run directory {run_dir}: {err}') from None
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from .util import atomic_write, one_line
 
 
-def save(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Write the record as indented JSON; the file appears whole or not at all."""
-    with atomic_write(path) as file:
+def save(path: str | os.PathLike, record: dict[str, Any], replace: bool = True) -> None:
+    """Write the record as indented JSON; the file appears whole or not at all; `replace`: see `atomic_write`."""
+    with atomic_write(path, replace) as file:
         file.write((json.dumps(record, indent=2) + '\n').encode())
 
 

@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from .downloads import is_remote, is_url, make_cache_dir_path, open_url, pinned_hash, set_cache_dir  # noqa: F401
 
 
@@ -59,7 +64,7 @@ def explain_failed_write(path: str | os.PathLike) -> Iterator[None]:
     """Around what writes to `path`: an OSError becomes a FailedWriteError."""
     try:
         yield
-    except FailedWriteError:
+    except (FailedWriteError, FileExistsError):
         raise
     except OSError as err:
         reason = one_line(err.strerror or err, 200)
@@ -79,13 +84,14 @@ class _ExplainedFile(io.FileIO):
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, replace: bool = True) -> Iterator[BinaryIO]:
     """`with atomic_write(path) as file:` – a binary file that takes its name once it is complete and on disk.
 
     Written beside `path` under a temporary name; an exception, or a kill, leaves what was at `path` before.
 
     Raises:
         FailedWriteError: the disk is full, or the folder cannot be written to. What else the block raises passes.
+        FileExistsError: without `replace`, there is a file of this name. Of several processes, one makes it.
     """
     target = Path(path)
     temp_path = target.with_name(f'.tmp_{uuid.uuid4().hex}_{target.name}')
@@ -98,13 +104,54 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         with explain_failed_write(target):
-            os.replace(temp_path, target)
+            if replace or not _link(temp_path, target):
+                os.replace(temp_path, target)
     except RuntimeError as err:  # PyTorch's, on top of what the file has raised
         if isinstance(err.__context__, FailedWriteError):
             raise err.__context__ from None
         raise
     finally:
         temp_path.unlink(missing_ok=True)
+
+
+def _link(path: Path, name: Path) -> bool:
+    """Give the file a second name, if none has it; False where the file system has no such names."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def in_use(path: str | os.PathLike) -> Iterator[bool]:
+    """`with in_use(path) as alone:` – whether no other process is in such a block for this file or folder.
+
+    By flock, which ends with its process. Where there is none (Windows, some network file systems) all are alone.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        alone = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, fcntl.LOCK_SH)  # for the rest of the block, so that another one sees this one, and waits not
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    """Whether no other process has it."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
 
 
 # ----------------------------------------------------------------------------

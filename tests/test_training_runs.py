@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 
 import dataset_tool
+import dnnlib
 import train
 from images import pictures
 from sampling import draw
@@ -345,6 +346,47 @@ def test_what_a_killed_run_had_half_written_goes(data, copied):
     (copied / '.tmp_0_training-state-000003.pt').touch()
     assert train_here(data, copied, '--duration=0.002').exit_code == 0
     assert not list(copied.glob('.tmp_*'))
+
+
+def test_two_runs_do_not_share_a_folder(data, copied, tmp_path, monkeypatch):
+    """Nor does the second delete what the first is about to write."""
+    (copied / '.tmp_0_training-state-000003.pt').touch()
+    with dnnlib.util.in_use(copied / 'log.txt') as alone:
+        assert alone
+        before = {path.name: path.read_bytes() for path in copied.iterdir()}
+        second = train_here(data, copied, '--duration=0.003')
+        assert second.exit_code == 1
+        assert second.stderr.splitlines()[-1] == f'Error: another run is training in {copied}; choose another --outdir'
+        assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(data, tmp_path, monkeypatch):
+    """Another run makes the folder just after this one has chosen it."""
+    make_config = train.make_config
+
+    def overtaken(opts, dataset, state):
+        os.mkdir(train.run_dir_name(opts, dataset.name))
+        return make_config(opts, dataset, state)
+
+    monkeypatch.setattr(train, 'make_config', overtaken)
+    command = [f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--duration=0.00001']
+    run = CliRunner().invoke(train.main, command)
+    assert run.exit_code == 0, run.output
+    first, second = sorted(tmp_path.iterdir())
+    assert (first.name[:6], second.name[:6]) == ('00000-', '00001-')
+    assert list(first.iterdir()) == []
+    assert f'Another run has made that directory; this one has {second}' in run.output
+    assert (second / 'training-state-000001.pt').exists()
+
+
+def test_a_clock_that_goes_back_spoils_no_state(data, copied, monkeypatch):
+    path = copied / 'training-state-000002.pt'
+    torch.save({**torch.load(path, weights_only=True), 'elapsed_sec': -3591.05}, path)  # as version 0.1 wrote it
+    now = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, 'time', lambda: next(now))
+    run = train_here(data, copied, '--duration=0.003')
+    assert run.exit_code == 0, run.output
+    assert 0 <= torch.load(copied / 'training-state-000003.pt', weights_only=True)['elapsed_sec'] < 600
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_files(data, copied):

@@ -102,6 +102,7 @@ class Run:
         self.net.load_state_dict(content['net'])
         self.ema.load_state_dict(content['ema'])
         self._take_optimizer(content['optimizer'])
+        content['elapsed_sec'] = max(content['elapsed_sec'], 0)  # a clock that went back may have made it negative
         for name in _COUNTERS:
             if not 0 <= content[name] < math.inf:
                 raise ValueError(f'{name} is {content[name]!r}')
