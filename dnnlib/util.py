@@ -1,9 +1,11 @@
 """Attribute dictionaries, whole files, text for terminals, objects by name, durations, log files; and downloads."""
 
 import contextlib
+import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -156,6 +158,13 @@ def _lock(descriptor: int, operation: int) -> bool:
 
 # ----------------------------------------------------------------------------
 # Text from files, servers and exceptions, for a terminal.
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr escape what their encoding (cp1252, ascii) has no sign for, instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def printable(text: object) -> str:
@@ -328,7 +337,8 @@ class Logger(io.TextIOBase):
         if isinstance(text, bytes):
             text = text.decode('utf-8', errors='replace')
         if text:
-            self.stdout.write(text)
+            with self._giving_up_stdout():
+                self.stdout.write(text)
             with self._giving_up_the_file():
                 if self.file is not None:
                     self.file.write(text)
@@ -337,10 +347,23 @@ class Logger(io.TextIOBase):
         return size
 
     def flush(self) -> None:
-        self.stdout.flush()
+        with self._giving_up_stdout():
+            self.stdout.flush()
         with self._giving_up_the_file():
             if self.file is not None:
                 self.file.flush()
+
+    @contextlib.contextmanager
+    def _giving_up_stdout(self) -> Iterator[None]:
+        """A pipe that nobody reads any more counts as a terminal that was closed; what is printed goes to the file."""
+        try:
+            yield
+        except OSError as err:
+            if err.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, 'wb') as nowhere:  # so that the interpreter can flush its stdout at the end
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
+            signal.raise_signal(getattr(signal, 'SIGHUP', signal.SIGTERM))
 
     @contextlib.contextmanager
     def _giving_up_the_file(self) -> Iterator[None]:

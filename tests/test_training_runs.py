@@ -23,7 +23,7 @@ import dataset_tool
 import dnnlib
 import train
 from images import pictures
-from sampling import draw
+from sampling import choose, draw
 from torch_utils import distributed, interrupts, misc, network_io
 from training import networks, reporter, run_state, training_loop
 
@@ -270,7 +270,7 @@ def test_states_of_edm_are_not_read_without_trust(data, edm_run):
 # Ends before the end.
 
 
-@pytest.mark.parametrize(('number', 'workers'), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(('number', 'workers'), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 0)])
 def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
     """SIGINT as the terminal sends it, to the loading process as well."""
     command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--nosubdir']
@@ -293,6 +293,32 @@ def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
     assert f'--resume={state}' in output
     assert run_state.find_damage(str(state)) is None
     assert torch.load(state, weights_only=True)['cur_nimg'] > 0
+    snapshot = str(state).replace('training-state', 'network-snapshot').replace('.pt', '.pkl')
+    assert network_io.load_network(snapshot).img_resolution == 8
+
+
+def test_a_closed_pipe_ends_a_run_with_a_state(data, tmp_path):
+    """As `train.py … | head` has it."""
+    command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--nosubdir']
+    run = subprocess.Popen([*command, '--duration=10'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + TIMEOUT
+    while not (tmp_path / 'network-snapshot-000000.pkl').exists() and time.time() < deadline:
+        time.sleep(0.05)
+    run.stdout.close()
+    _, err = run.communicate(timeout=TIMEOUT)
+    assert (run.returncode, err) == (0, '')
+    assert 'Stopped by SIGHUP at' in (tmp_path / 'log.txt').read_text()
+    [state] = list(tmp_path.glob('training-state-*.pt'))
+    assert run_state.find_damage(str(state)) is None
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no such signal')
+def test_nohup_stays():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interrupts.Interrupts() as noted:
+        signal.raise_signal(signal.SIGHUP)
+        assert noted.received is None
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 def test_a_stop_at_the_end_of_a_tick_finishes_the_tick(data, tmp_path, monkeypatch):
@@ -496,7 +522,8 @@ def test_samples_are_those_of_generate(finished):
     sheets = [np.array(PIL.Image.open(finished / f'samples-{kimg:06d}.png')) for kimg in (0, 1, 2)]
     assert [sheet.shape for sheet in sheets] == [(16, 36)] * 3
     net = network_io.load_network(str(finished / 'network-snapshot-000002.pkl'))
-    for sampler, left in zip(train.SHEET_SAMPLERS, [0, 20], strict=True):
+    for name, left in [('heun', 0), ('rk', 20)]:
+        sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)
         [(_, images)] = draw.generate_images(net, [[0, 1, 2]], sampler, torch.device('cpu'))
         grid = sheets[2][:, left : left + 16]
         for image, (y, x) in zip(images, [(0, 0), (0, 8), (8, 0)], strict=True):
