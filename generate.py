@@ -366,4 +366,5 @@ def check_options(opts: dnnlib.EasyDict) -> None:
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

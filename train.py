@@ -503,4 +503,5 @@ def _print_config(
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

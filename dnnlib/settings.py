@@ -43,6 +43,15 @@ def as_stored(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(words))
 
 
+def without_nan(value: Any) -> Any:
+    """The value, for JSON, which has no word for nan and infinity: they become None, also in its dicts and lists."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Difference(NamedTuple):
     name: str
     before: Any

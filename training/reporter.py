@@ -170,4 +170,5 @@ def main(stats: tuple[str, ...], dest: str) -> None:
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()
