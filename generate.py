@@ -6,6 +6,7 @@ sampler_2nd.py, seeds become images in sampling/draw.py, images become files in 
 """
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -78,7 +79,8 @@ def run(
     report(opts, loaded, todo, time.perf_counter() - start, device)
 
     if output is not None:
-        classes = partial(draw.classes_of, loaded.net, batches, device, opts.class_idx)
+        class_net = loaded.net if opts.vectors is None else None  # archives hold classes, and no vectors
+        classes = partial(draw.classes_of, class_net, batches, device, opts.class_idx)
         dist.on_rank0(partial(output.assemble, opts.seeds, classes))
         dist.print0(f'Saved in {os.path.abspath(output.path)}')
     if judge is not None and judged is not None:
@@ -97,6 +99,7 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
         **choose.options_in_effect(sampler),
         'noise': opts.noise,
         'class': 'random' if opts.class_idx is None else opts.class_idx,
+        'labels': None if opts.vectors is None else hashlib.sha256(opts.vectors.tobytes()).hexdigest()[:16],
         'batch': opts.max_batch_size,
         'format': opts.format,
         'subdirs': opts.subdirs,
@@ -171,7 +174,8 @@ def draw_missing(
                 raise Stopped(interrupts.received)
 
         watched = partial(sampler, callback=callback)
-        for seeds, images in draw.generate_images(net, mine, watched, device, opts.class_idx, opts.noise):
+        drawn = draw.generate_images(net, mine, watched, device, opts.class_idx, opts.noise, opts.vectors)
+        for seeds, images in drawn:
             yield seeds, images if output is None else output.add(seeds, images)
         if output is not None:
             output.start()  # for a rank without a batch
@@ -205,7 +209,8 @@ def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: 
         print(f'The first {len(shown)} images are in {opts.grid}')
     if opts.trajectory is not None:
         seeds = opts.seeds[:TRAJECTORY_IMAGES]
-        frames = draw.denoised_frames(net, seeds, sampler, device, class_idx=opts.class_idx, noise=opts.noise)
+        labels = {'class_idx': opts.class_idx, 'vectors': opts.vectors}
+        frames = draw.denoised_frames(net, seeds, sampler, device, noise=opts.noise, **labels)
         if opts.trajectory.lower().endswith('.gif'):
             pictures.save_gif(frames, opts.trajectory)
         else:
@@ -279,6 +284,7 @@ python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x
 @click.option('--format',                    help='PNG files, or OUTDIR/images.npz or .zip (a dataset)', type=click.Choice(FORMATS), default='png')
 @click.option('--overwrite',                 help='Delete the images in --outdir, and start anew', is_flag=True)
 @click.option('--class', 'class_idx',        help='Class label, or several that the seeds take in turns', metavar='LIST', type=ClassList('classes look like 3, 0-9 or 1,5,7-9'), show_default='random')
+@click.option('--labels',                    help='Label vectors, of a network trained on such: rows that the seeds take in turns', metavar='NPY', type=user_path)
 @click.option('--batch', 'max_batch_size',   help='Maximum batch size of a process', metavar='INT', type=at_least_one, default=64)
 @click.option('--metrics',                   help=f'Measure the images: some of {",".join(measure.METRICS)}', metavar='LIST')
 @click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL', type=user_path)
@@ -321,6 +327,7 @@ def main(**kwargs):
     try:
         with alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
             loaded = networks.LoadedNetworks(opts, device)
+            opts.vectors = None if opts.labels is None else networks.read_vectors(opts.labels, loaded.net.label_dim)
             with open_output(opts, loaded, sampler) or contextlib.nullcontext() as output:
                 run(opts, loaded, sampler, device, output)
     except Stopped as stop:
@@ -362,6 +369,8 @@ def check_options(opts: dnnlib.EasyDict) -> None:
         raise click.UsageError(f'--seeds={max(opts.seeds)}: --format=npz holds seeds below 2^63')
     if (opts.metrics is None) != (opts.ref is None) or (opts.detector is not None and opts.ref is None):
         raise click.UsageError('--metrics and --ref go together (and --detector with them)')
+    if opts.labels is not None and opts.class_idx is not None:
+        raise click.UsageError('--labels and --class exclude each other')
     networks.check_guidance(opts.guidance, opts.gnet)
 
 

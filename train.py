@@ -178,15 +178,18 @@ def resume_kwargs(state: str) -> dict[str, Any]:
 
 
 def draw_samples(
-    net: Any, samplers: Sequence[str], num: int, max_batch: int, device: torch.device
+    net: Any, samplers: Sequence[str], num: int, max_batch: int, device: torch.device, vectors: np.ndarray | None = None
 ) -> np.ndarray | None:
-    """Images of seeds 0 … num − 1, drawn by each sampler: one picture, on rank 0; the ranks share the work."""
+    """Images of seeds 0 … num − 1, drawn by each sampler: one picture, on rank 0; the ranks share the work.
+
+    `vectors`: the labels of the seeds, in turns, where the data set has no classes to draw.
+    """
     batches = split_seeds(range(num), max_batch)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     groups = []
     for name in samplers:
         sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)
-        drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device)))
+        drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device, vectors=vectors)))
         by_seed = {
             seed: image for part in drawn for seeds, images in part for seed, image in zip(seeds, images, strict=True)
         }
@@ -307,7 +310,7 @@ def main(**kwargs):
 
     with contextlib.ExitStack() as until_exit:
         run_dir = dist.on_rank0(partial(_make_run_dir, run_dir, opts, dataset.name, config, until_exit))
-        _train(config, run_dir, device)
+        _train(config, run_dir, device, dataset)
 
 # fmt: on
 
@@ -431,12 +434,12 @@ def _make_run_dir(
         raise click.ClickException(f'cannot write to the run directory {run_dir}: {err}') from None
 
 
-def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
+def _train(config: dict[str, Any], run_dir: str, device: torch.device, dataset: Any) -> None:
     """The run, with its log in `run_dir`; what goes wrong becomes one line, in the log as well."""
     log_file = os.path.join(run_dir, 'log.txt') if dist.get_rank() == 0 else None
     with dnnlib.util.Logger(log_file, 'a') if log_file else contextlib.nullcontext():
         try:
-            training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device))
+            training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device, dataset))
             return
         except (OSError, ValueError, RuntimeError, MemoryError) as err:
             message = explain(err)
@@ -469,7 +472,7 @@ def explain(err: Exception) -> str | None:
     return None
 
 
-def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _loop_kwargs(config: dict[str, Any], device: torch.device, dataset: Any) -> dict[str, Any]:
     """The config as `training_loop` takes it, with loader settings that this machine can honour."""
     kwargs = {**config, 'data_loader_kwargs': dict(config['data_loader_kwargs'])}
     loader = kwargs['data_loader_kwargs']
@@ -479,8 +482,11 @@ def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]
     num_samples, samplers = kwargs.pop('samples'), kwargs.pop('samplers')
     if num_samples:
         _, batch = split_batch(config['batch_size'], config['batch_gpu'])
+        of_classes = dataset.has_onehot_labels or not dataset.has_labels
+        first = range(0 if of_classes else min(num_samples, len(dataset)))
+        vectors = np.stack([dataset.get_label(i) for i in first]) if first else None
         kwargs['draw_samples'] = partial(
-            draw_samples, samplers=samplers, num=num_samples, max_batch=batch, device=device
+            draw_samples, samplers=samplers, num=num_samples, max_batch=batch, device=device, vectors=vectors
         )
     return kwargs
 

@@ -346,6 +346,30 @@ def test_a_pipe_is_no_record(refused, tmp_path):
     assert 'generate.json is not a record of generate.py' in refused('out')
 
 
+def test_label_vectors(sample, refused, files, tmp_path):
+    """A row that is one-hot is a class; and what the images depend on is on record."""
+    np.save(tmp_path / 'labels.npy', np.eye(3)[[2, 0]])
+    vectors = f'--labels={tmp_path / "labels.npy"}'
+    sample('classes', '--class=2,0')
+    sample('vectors', vectors)
+    pictures = [
+        {name: data for name, data in contents(tmp_path / each).items() if name.endswith('.png')}
+        for each in ('classes', 'vectors')
+    ]
+    assert len(pictures[0]) == 8
+    assert pictures[0] == pictures[1]
+    np.save(tmp_path / 'labels.npy', np.eye(3)[[2, 1]])
+    assert '--labels: ' in refused('vectors', vectors)
+    assert 'labels.npy has the shape [2]; this network has labels [N, 3]' in refused_labels(refused, tmp_path, [0, 1])
+    assert 'not finite' in refused_labels(refused, tmp_path, [[0, 1, np.nan]])
+    assert 'is no .npy file of numbers' in refused_labels(refused, tmp_path, np.array([[None] * 3]))
+
+
+def refused_labels(refused, tmp_path, labels):
+    np.save(tmp_path / 'labels.npy', labels)
+    return refused('vectors', f'--labels={tmp_path / "labels.npy"}')
+
+
 # ----------------------------------------------------------------------------
 # Metrics and pictures of all images, drawn now or before.
 

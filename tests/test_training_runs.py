@@ -1,6 +1,7 @@
 """Runs of train.py that go on, stop, fail or show what they do: on scikit-learn's digits, mostly in this process."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -529,6 +530,26 @@ def test_samples_are_those_of_generate(finished):
         for image, (y, x) in zip(images, [(0, 0), (0, 8), (8, 0)], strict=True):
             assert np.abs(grid[y : y + 8, x : x + 8].astype(int) - image[:, :, 0]).max() <= 1
     assert not np.array_equal(sheets[0], sheets[2])
+
+
+def test_samples_of_a_network_of_label_vectors_have_the_labels_of_the_data(tmp_path):
+    vectors = [[0.5, -1, 2], [1, 1, 0], [3, 0.25, 0]]
+    data = tmp_path / 'data'
+    data.mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(np.full([8, 8], 80 * i, dtype=np.uint8)).save(data / f'{i}.png')
+    (data / 'dataset.json').write_text(json.dumps({'labels': [[f'{i}.png', vectors[i]] for i in range(3)]}))
+    options = ['--cond=1', '--duration=0.001', '--samples=2', '--sampler=heun', '--snap=1']
+    run = train_here(data, tmp_path / 'run', *options)
+    assert run.exit_code == 0, run.output
+    sheet = np.array(PIL.Image.open(tmp_path / 'run' / 'samples-000001.png')).astype(int)
+    net = network_io.load_network(str(tmp_path / 'run' / 'network-snapshot-000001.pkl'))
+    labels = torch.tensor(vectors[:2])
+    rnd = draw.StackedRandomGenerator('cpu', [0, 1])
+    latents, _ = draw.draw_start(net, rnd, [0, 1], None)
+    images = draw.to_uint8(choose.make('heun')(net, latents, labels, randn_like=rnd.randn_like))
+    assert np.abs(sheet[:8, :8] - images[0, :, :, 0]).max() <= 1
+    assert np.abs(sheet[:8, 8:16] - images[1, :, :, 0]).max() <= 1
 
 
 def test_loss_curve(data, finished, tmp_path):
