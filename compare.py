@@ -98,4 +98,5 @@ def check_ref(ref: str) -> None:
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

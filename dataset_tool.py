@@ -317,4 +317,5 @@ def main(source: str | None, dest: str | None, workers: int | None, validate_pat
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

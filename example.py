@@ -8,6 +8,7 @@ import click
 import torch
 from tqdm import tqdm
 
+import dnnlib
 from dnnlib.options import at_least_one
 from images.pictures import save_png, tile
 from sampler_2nd import CountCalls
@@ -100,4 +101,5 @@ def main(dataset: str, sampler: str | None, steps: int | None, device: str | Non
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

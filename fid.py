@@ -64,7 +64,8 @@ def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:
         for numbers in results:
             say(', '.join(f'{name} {value:g}' for name, value in numbers.items()))
     if as_json:
-        dist.print0(json.dumps({**record, **best, **({'ranges': results} if len(results) > 1 else {})}))
+        found = {**record, **best, **({'ranges': results} if len(results) > 1 else {})}
+        dist.print0(json.dumps(settings.without_nan(found), allow_nan=False))
     elif len(best) == 1:
         dist.print0(f'{next(iter(best.values())):g}')
     else:
@@ -227,4 +228,5 @@ def ref(data, dest, with_features, batch, detector, skip_broken, workers, device
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

@@ -6,12 +6,14 @@ sampler_2nd.py, seeds become images in sampling/draw.py, images become files in 
 """
 
 import contextlib
+import hashlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 import dnnlib
 import sampler_2nd
 from dnnlib import options
-from dnnlib.options import ClassList, IntList, NewFile, at_least_one, non_negative, positive
+from dnnlib.options import ClassList, IntList, NewFile, at_least_one, non_negative, positive, user_path
 from images import pictures
 from images.files import own_files
 from metrics import measure
@@ -47,11 +49,17 @@ class Stopped(Exception):  # noqa: N818 (no error)
     """A signal has ended the run; the message is its name."""
 
 
-def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial, device: torch.device) -> None:
+def run(
+    opts: dnnlib.EasyDict,
+    loaded: networks.LoadedNetworks,
+    sampler: partial,
+    device: torch.device,
+    output: Output | None,
+) -> None:
     """Draw the batches that are not there, and then make of all images what was asked for."""
-    output = open_output(opts, loaded, sampler)
+    warn_of_repeated_streams(opts.seeds)
     if output is not None:
-        output.finished = dist.on_rank0(partial(output.check, opts.seeds))
+        output.check(opts.seeds)
     judge = Judge(measure.parse_metrics(opts.metrics), opts.ref, opts.detector, device) if opts.metrics else None
     judged = judge.start() if judge else None
     first = FirstImages(opts.seeds, GRID_IMAGES if opts.grid is not None else 0)
@@ -71,11 +79,12 @@ def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial
     report(opts, loaded, todo, time.perf_counter() - start, device)
 
     if output is not None:
-        classes = partial(draw.classes_of, loaded.net, batches, device, opts.class_idx)
+        class_net = loaded.net if opts.vectors is None else None  # archives hold classes, and no vectors
+        classes = partial(draw.classes_of, class_net, batches, device, opts.class_idx)
         dist.on_rank0(partial(output.assemble, opts.seeds, classes))
         dist.print0(f'Saved in {os.path.abspath(output.path)}')
     if judge is not None and judged is not None:
-        print_verdict(judge.finish(judged))
+        print_verdict(judge.finish(judged), opts.numbers_to)
     save_pictures(opts, loaded.net, first, sampler, device)
 
 
@@ -90,12 +99,27 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
         **choose.options_in_effect(sampler),
         'noise': opts.noise,
         'class': 'random' if opts.class_idx is None else opts.class_idx,
+        'labels': None if opts.vectors is None else hashlib.sha256(opts.vectors.tobytes()).hexdigest()[:16],
         'batch': opts.max_batch_size,
         'format': opts.format,
         'subdirs': opts.subdirs,
     }
     note = {'network': opts.network_pkl, 'gnet': opts.gnet, 'torch': torch.__version__}
     return Output(opts.outdir, settings, note, opts.format, opts.subdirs, opts.overwrite)
+
+
+def warn_of_repeated_streams(seeds: Sequence[int]) -> None:
+    if max(seeds) < draw.STREAMS:
+        return
+    first: dict[int, int] = {}
+    for seed in seeds:
+        other = first.setdefault(seed % draw.STREAMS, seed)
+        if other != seed:
+            dist.print0(
+                f'Warning: seeds are taken modulo 2^32, as EDM does it: {other} and {seed} of --seeds have the same '
+                'random numbers'
+            )
+            return
 
 
 def my_share(batches: Sequence[list[int]]) -> Sequence[list[int]]:
@@ -109,11 +133,19 @@ def give(seeds: Sequence[int], images: np.ndarray, judged: measure.FeatureSet | 
         judged.add_pixels(seeds, images)
 
 
-def print_verdict(verdict: Verdict) -> None:
+@contextlib.contextmanager
+def alone_on_stdout() -> Iterator[TextIO]:
+    """Gives stdout, for programs that read it; what is printed for people inside the `with` block goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+
+
+def print_verdict(verdict: Verdict, numbers_to: TextIO) -> None:
     for text in verdict.warnings:
         dist.print0(f'Warning: {text}')
     for name, value in verdict.numbers.items():
-        dist.print0(f'{name} {value:g}')
+        dist.print0(f'{name} {value:g}', file=numbers_to)
 
 
 def draw_missing(
@@ -142,7 +174,8 @@ def draw_missing(
                 raise Stopped(interrupts.received)
 
         watched = partial(sampler, callback=callback)
-        for seeds, images in draw.generate_images(net, mine, watched, device, opts.class_idx, opts.noise):
+        drawn = draw.generate_images(net, mine, watched, device, opts.class_idx, opts.noise, opts.vectors)
+        for seeds, images in drawn:
             yield seeds, images if output is None else output.add(seeds, images)
         if output is not None:
             output.start()  # for a rank without a batch
@@ -176,7 +209,8 @@ def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: 
         print(f'The first {len(shown)} images are in {opts.grid}')
     if opts.trajectory is not None:
         seeds = opts.seeds[:TRAJECTORY_IMAGES]
-        frames = draw.denoised_frames(net, seeds, sampler, device, class_idx=opts.class_idx, noise=opts.noise)
+        labels = {'class_idx': opts.class_idx, 'vectors': opts.vectors}
+        frames = draw.denoised_frames(net, seeds, sampler, device, noise=opts.noise, **labels)
         if opts.trajectory.lower().endswith('.gif'):
             pictures.save_gif(frames, opts.trajectory)
         else:
@@ -243,24 +277,25 @@ python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x
 
 # fmt: off
 @click.command(help=HELP, context_settings={'show_default': True, 'max_content_width': 120})
-@click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network')
-@click.option('--outdir',                    help='Where to save the images; a run there is continued', metavar='DIR')
+@click.option('--network', 'network_pkl',    help='Network file', metavar='NAME|PATH|URL', type=user_path, default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network')
+@click.option('--outdir',                    help='Where to save the images; a run there is continued', metavar='DIR', type=user_path)
 @click.option('--seeds',                     help='Random seeds, one per image', metavar='LIST', type=IntList('seeds look like 0-63 or 1,2,5-10'), default='0-63')
 @click.option('--subdirs',                   help='One subfolder per 1000 seeds', is_flag=True)
 @click.option('--format',                    help='PNG files, or OUTDIR/images.npz or .zip (a dataset)', type=click.Choice(FORMATS), default='png')
 @click.option('--overwrite',                 help='Delete the images in --outdir, and start anew', is_flag=True)
 @click.option('--class', 'class_idx',        help='Class label, or several that the seeds take in turns', metavar='LIST', type=ClassList('classes look like 3, 0-9 or 1,5,7-9'), show_default='random')
+@click.option('--labels',                    help='Label vectors, of a network trained on such: rows that the seeds take in turns', metavar='NPY', type=user_path)
 @click.option('--batch', 'max_batch_size',   help='Maximum batch size of a process', metavar='INT', type=at_least_one, default=64)
 @click.option('--metrics',                   help=f'Measure the images: some of {",".join(measure.METRICS)}', metavar='LIST')
-@click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL')
-@click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', show_default='that of --ref')
+@click.option('--ref',                       help='Reference statistics for --metrics, as for fid.py', metavar='NPZ|URL', type=user_path)
+@click.option('--detector',                  help='Features for --metrics, as for fid.py', metavar='NAME', type=user_path, show_default='that of --ref')
 @click.option('--grid',                      help=f'Picture of the first {GRID_IMAGES} images', metavar='PNG', type=NewFile('.png'))
 @click.option('--trajectory',                help=f'Denoised images along the way, of the first {TRAJECTORY_IMAGES} seeds: strip or animation', metavar='PNG|GIF', type=NewFile('.png', '.gif'))
 @click.option('--device',                    help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
 @click.option('--trust-pickle',              help='Run the code inside the network file', is_flag=True)
 @click.option('--dtype',                     help='Precision inside the network; the state stays float64', type=click.Choice(['fp32', 'fp16', 'bf16']), show_default="fp32, or the file's own on CUDA")
 @click.option('--compile', 'compile_net',    help='Compile the network first, for minutes; not with --sampler=taylor', is_flag=True)
-@click.option('--gnet',                      help='Guiding network: a worse or unconditional one', metavar='NAME|PATH|URL')
+@click.option('--gnet',                      help='Guiding network: a worse or unconditional one', metavar='NAME|PATH|URL', type=user_path)
 @click.option('--guidance',                  help='Strength G: D = D_gnet + G (D_net - D_gnet)', metavar='FLOAT', type=float, show_default='1, none')
 @click.option('--sampler',                   help='Sampler (see above)', type=click.Choice(list(choose.samplers())), show_default='heun')
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=at_least_one, default=18)
@@ -290,8 +325,11 @@ def main(**kwargs):
     except ValueError as err:
         raise click.ClickException(str(err)) from None
     try:
-        loaded = networks.LoadedNetworks(opts, device)
-        run(opts, loaded, sampler, device)
+        with alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
+            loaded = networks.LoadedNetworks(opts, device)
+            opts.vectors = None if opts.labels is None else networks.read_vectors(opts.labels, loaded.net.label_dim)
+            with open_output(opts, loaded, sampler) or contextlib.nullcontext() as output:
+                run(opts, loaded, sampler, device, output)
     except Stopped as stop:
         if dist.get_rank() == 0:
             click.echo(stopped_line(opts, str(stop)), err=True)
@@ -331,8 +369,11 @@ def check_options(opts: dnnlib.EasyDict) -> None:
         raise click.UsageError(f'--seeds={max(opts.seeds)}: --format=npz holds seeds below 2^63')
     if (opts.metrics is None) != (opts.ref is None) or (opts.detector is not None and opts.ref is None):
         raise click.UsageError('--metrics and --ref go together (and --detector with them)')
+    if opts.labels is not None and opts.class_idx is not None:
+        raise click.UsageError('--labels and --class exclude each other')
     networks.check_guidance(opts.guidance, opts.gnet)
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

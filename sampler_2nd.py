@@ -32,7 +32,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,10 +40,31 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'Scheme', 'ito_taylor_sampler']
 
+P = ParamSpec('P')
+
 # ----------------------------------------------------------------------------
 # The loop.
 
 
+def explain_extremes(sampler: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
+    """Turn what float64 cannot compute of extreme settings (1e200², 1/0) into a ValueError; not a network's errors."""
+
+    @functools.wraps(sampler)
+    def explained(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        try:
+            return sampler(*args, **kwargs)
+        except (ArithmeticError, torch.linalg.LinAlgError) as err:
+            if any(frame.f_code is Denoiser._call.__code__ for frame, _ in traceback.walk_tb(err.__traceback__)):
+                raise
+            raise ValueError(
+                f'these settings lead out of the range of float64 ({err.args[-1]}): sigma_min, sigma_max or '
+                'the strength of the noise is too extreme'
+            ) from err
+
+    return explained
+
+
+@explain_extremes
 @torch.no_grad()
 def ito_taylor_sampler(
     net: Callable[..., torch.Tensor],
@@ -89,7 +110,8 @@ def ito_taylor_sampler(
         Images, of the shape of `latents`, in `dtype`.
 
     Raises:
-        ValueError: an argument is out of its range, or the network returns no image of the shape of its input.
+        ValueError: an argument is out of its range, or leads out of that of float64, or the network returns no image of
+            the shape of its input.
         NotFiniteError: an image is not finite after a step.
     """
     chosen = choose_scheme(scheme, eta)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib.options import FiniteRange, ListOf, PositiveInts, at_least_one
+from dnnlib.options import FiniteRange, ListOf, PositiveInts, at_least_one, user_path
 from images.pictures import contact_sheet
 from sampling import choose
 from sampling.draw import generate_images, split_seeds
@@ -178,15 +178,18 @@ def resume_kwargs(state: str) -> dict[str, Any]:
 
 
 def draw_samples(
-    net: Any, samplers: Sequence[str], num: int, max_batch: int, device: torch.device
+    net: Any, samplers: Sequence[str], num: int, max_batch: int, device: torch.device, vectors: np.ndarray | None = None
 ) -> np.ndarray | None:
-    """Images of seeds 0 … num − 1, drawn by each sampler: one picture, on rank 0; the ranks share the work."""
+    """Images of seeds 0 … num − 1, drawn by each sampler: one picture, on rank 0; the ranks share the work.
+
+    `vectors`: the labels of the seeds, in turns, where the data set has no classes to draw.
+    """
     batches = split_seeds(range(num), max_batch)
     mine = batches[dist.get_rank() :: dist.get_world_size()]
     groups = []
     for name in samplers:
         sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)
-        drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device)))
+        drawn = dist.all_gather_object(list(generate_images(net, mine, sampler, device, vectors=vectors)))
         by_seed = {
             seed: image for part in drawn for seeds, images in part for seed, image in zip(seeds, images, strict=True)
         }
@@ -224,8 +227,8 @@ fraction = FiniteRange(min=0, max=1)
 # fmt: off
 @click.command(context_settings={'show_default': True, 'max_content_width': 120})
 # Main options.
-@click.option('--outdir',        help='Where to save the results', metavar='DIR', required=True)
-@click.option('--data',          help='Dataset', metavar='ZIP|DIR', required=True)
+@click.option('--outdir',        help='Where to save the results', metavar='DIR', type=user_path, required=True)
+@click.option('--data',          help='Dataset', metavar='ZIP|DIR', type=user_path, required=True)
 @click.option('--cond',          help='Train a class-conditional network', metavar='BOOL', type=bool, default=False)
 @click.option('--arch',          help='Network architecture', type=click.Choice(list(ARCHS)), default='ddpmpp')
 @click.option('--precond',       help='Preconditioning and loss', type=click.Choice(list(PRECONDS)), default='edm')
@@ -265,8 +268,8 @@ fraction = FiniteRange(min=0, max=1)
 @click.option('--format',        help='Format of the networks saved', type=click.Choice(['pkl', 'safetensors']), default='pkl')
 @click.option('--dump',          help='Save the training state every', metavar='TICKS', type=at_least_one, default=500)
 @click.option('--seed',          help='Random seed  [default: random]', metavar='INT', type=click.IntRange(0, 2**32 - 1))
-@click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL')
-@click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest')
+@click.option('--transfer',      help='Start from the weights of this network', metavar='NAME|PATH|URL', type=user_path)
+@click.option('--resume',        help='Go on from this state, the newest in a folder, or that of the newest run', metavar='PT|DIR|latest', type=user_path)
 @click.option('--trust-pickle',  help='Run the code in the files of --transfer and --resume', is_flag=True)
 @click.option('-n', '--dry-run', help='Print the config and exit', is_flag=True)
 def main(**kwargs):
@@ -305,8 +308,9 @@ def main(**kwargs):
         dist.print0('Dry run; exiting.')
         return
 
-    dist.on_rank0(partial(_make_run_dir, run_dir, config))
-    _train(config, run_dir, device)
+    with contextlib.ExitStack() as until_exit:
+        run_dir = dist.on_rank0(partial(_make_run_dir, run_dir, opts, dataset.name, config, until_exit))
+        _train(config, run_dir, device, dataset)
 
 # fmt: on
 
@@ -401,26 +405,41 @@ def _compare_options(config: dict[str, Any]) -> None:
         print(f'Changed since {state}: {", ".join(free)}')
 
 
-def _make_run_dir(run_dir: str, config: dict[str, Any]) -> None:
-    """The folder with the options and a log that can be written; what a killed run had half written goes."""
+def _make_run_dir(
+    run_dir: str, opts: dnnlib.EasyDict, dataset_name: str, config: dict[str, Any], until_exit: contextlib.ExitStack
+) -> str:
+    """Make the folder, with the options and a log that can be written; what a killed run had half written goes.
+
+    Without --nosubdir the folder is new: where another run has just made it, the one with the next number.
+    """
     try:
-        os.makedirs(run_dir, exist_ok=True)
+        os.makedirs(opts.outdir, exist_ok=True)
+        while not opts.nosubdir:
+            try:
+                os.mkdir(run_dir)
+                break
+            except FileExistsError:
+                run_dir = run_dir_name(opts, dataset_name)
+                print(f'Another run has made that directory; this one has {run_dir}')
+        with open(os.path.join(run_dir, 'log.txt'), 'a'):
+            pass
+        if not until_exit.enter_context(dnnlib.util.in_use(os.path.join(run_dir, 'log.txt'))):
+            raise click.ClickException(f'another run is training in {run_dir}; choose another --outdir')
         for name in os.listdir(run_dir):
             if name.startswith('.tmp_'):
                 os.unlink(os.path.join(run_dir, name))
         run_options.save(run_dir, config)
-        with open(os.path.join(run_dir, 'log.txt'), 'a'):
-            pass
+        return run_dir
     except OSError as err:
         raise click.ClickException(f'cannot write to the run directory {run_dir}: {err}') from None
 
 
-def _train(config: dict[str, Any], run_dir: str, device: torch.device) -> None:
+def _train(config: dict[str, Any], run_dir: str, device: torch.device, dataset: Any) -> None:
     """The run, with its log in `run_dir`; what goes wrong becomes one line, in the log as well."""
     log_file = os.path.join(run_dir, 'log.txt') if dist.get_rank() == 0 else None
     with dnnlib.util.Logger(log_file, 'a') if log_file else contextlib.nullcontext():
         try:
-            training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device))
+            training_loop(run_dir=run_dir, device=device, **_loop_kwargs(config, device, dataset))
             return
         except (OSError, ValueError, RuntimeError, MemoryError) as err:
             message = explain(err)
@@ -453,7 +472,7 @@ def explain(err: Exception) -> str | None:
     return None
 
 
-def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _loop_kwargs(config: dict[str, Any], device: torch.device, dataset: Any) -> dict[str, Any]:
     """The config as `training_loop` takes it, with loader settings that this machine can honour."""
     kwargs = {**config, 'data_loader_kwargs': dict(config['data_loader_kwargs'])}
     loader = kwargs['data_loader_kwargs']
@@ -463,8 +482,11 @@ def _loop_kwargs(config: dict[str, Any], device: torch.device) -> dict[str, Any]
     num_samples, samplers = kwargs.pop('samples'), kwargs.pop('samplers')
     if num_samples:
         _, batch = split_batch(config['batch_size'], config['batch_gpu'])
+        of_classes = dataset.has_onehot_labels or not dataset.has_labels
+        first = range(0 if of_classes else min(num_samples, len(dataset)))
+        vectors = np.stack([dataset.get_label(i) for i in first]) if first else None
         kwargs['draw_samples'] = partial(
-            draw_samples, samplers=samplers, num=num_samples, max_batch=batch, device=device
+            draw_samples, samplers=samplers, num=num_samples, max_batch=batch, device=device, vectors=vectors
         )
     return kwargs
 
@@ -487,4 +509,5 @@ def _print_config(
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

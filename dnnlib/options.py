@@ -1,4 +1,4 @@
-"""Types of command-line options, for click: lists, sizes, numbers to compute with."""
+"""Types of command-line options, for click: lists, sizes, paths, numbers to compute with."""
 
 import math
 import os
@@ -97,7 +97,22 @@ class Resolution(click.ParamType):
         return int(match[1]), int(match[2] or match[1])
 
 
-class NewFile(click.ParamType):
+class UserPath(click.ParamType):
+    """A path, where ~ at the start is a home directory, also after `=`, where shells leave it; or a URL, or a name.
+
+    A pipe or a device is no file that one could read twice, or replace.
+    """
+
+    name = 'path'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        path = os.path.expanduser(value)
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            self.fail(f'{path} is a pipe or a device, neither a file nor a folder', param, ctx)
+        return path
+
+
+class NewFile(UserPath):
     """The name of a file to be written: its ending is one of `endings`, and its folder is there or can be made.
 
     So it is known before hours of work that the file can be written after them.
@@ -109,14 +124,15 @@ class NewFile(click.ParamType):
         self._endings = endings
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value.lower().endswith(self._endings):
-            self.fail(f'{value}: the name ends in {" or ".join(self._endings)}', param, ctx)
-        folder = os.path.dirname(value) or '.'
+        path = super().convert(value, param, ctx)
+        if not path.lower().endswith(self._endings):
+            self.fail(f'{path}: the name ends in {" or ".join(self._endings)}', param, ctx)
+        folder = os.path.dirname(path) or '.'
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as err:
-            self.fail(f'{value}: cannot make the folder {folder}: {err.strerror}', param, ctx)
-        return value
+            self.fail(f'{path}: cannot make the folder {folder}: {err.strerror}', param, ctx)
+        return path
 
 
 class FiniteRange(click.FloatRange):
@@ -129,6 +145,7 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+user_path = UserPath()
 at_least_one = click.IntRange(min=1)
 positive = click.FloatRange(min=0, min_open=True)
 non_negative = click.FloatRange(min=0)

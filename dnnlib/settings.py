@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from .util import atomic_write, one_line
 
 
-def save(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Write the record as indented JSON; the file appears whole or not at all."""
-    with atomic_write(path) as file:
+def save(path: str | os.PathLike, record: dict[str, Any], replace: bool = True) -> None:
+    """Write the record as indented JSON; the file appears whole or not at all; `replace`: see `atomic_write`."""
+    with atomic_write(path, replace) as file:
         file.write((json.dumps(record, indent=2) + '\n').encode())
 
 
@@ -25,6 +25,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is no JSON object.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f'{path} is not a file')  # reading a pipe would never end
     with open(path, encoding='utf-8') as file:
         try:
             record = json.load(file)
@@ -39,6 +41,15 @@ def as_stored(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as they come back from a file, where infinity is a word and a tuple a list."""
     words = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in settings.items()}
     return json.loads(json.dumps(words))
+
+
+def without_nan(value: Any) -> Any:
+    """The value, for JSON, which has no word for nan and infinity: they become None, also in its dicts and lists."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Difference(NamedTuple):

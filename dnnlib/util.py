@@ -1,9 +1,11 @@
 """Attribute dictionaries, whole files, text for terminals, objects by name, durations, log files; and downloads."""
 
 import contextlib
+import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -12,6 +14,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .downloads import is_remote, is_url, make_cache_dir_path, open_url, pinned_hash, set_cache_dir  # noqa: F401
 
@@ -59,7 +66,7 @@ def explain_failed_write(path: str | os.PathLike) -> Iterator[None]:
     """Around what writes to `path`: an OSError becomes a FailedWriteError."""
     try:
         yield
-    except FailedWriteError:
+    except (FailedWriteError, FileExistsError):
         raise
     except OSError as err:
         reason = one_line(err.strerror or err, 200)
@@ -79,13 +86,14 @@ class _ExplainedFile(io.FileIO):
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, replace: bool = True) -> Iterator[BinaryIO]:
     """`with atomic_write(path) as file:` – a binary file that takes its name once it is complete and on disk.
 
     Written beside `path` under a temporary name; an exception, or a kill, leaves what was at `path` before.
 
     Raises:
         FailedWriteError: the disk is full, or the folder cannot be written to. What else the block raises passes.
+        FileExistsError: without `replace`, there is a file of this name. Of several processes, one makes it.
     """
     target = Path(path)
     temp_path = target.with_name(f'.tmp_{uuid.uuid4().hex}_{target.name}')
@@ -98,7 +106,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         with explain_failed_write(target):
-            os.replace(temp_path, target)
+            if replace or not _link(temp_path, target):
+                os.replace(temp_path, target)
     except RuntimeError as err:  # PyTorch's, on top of what the file has raised
         if isinstance(err.__context__, FailedWriteError):
             raise err.__context__ from None
@@ -107,8 +116,55 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temp_path.unlink(missing_ok=True)
 
 
+def _link(path: Path, name: Path) -> bool:
+    """Give the file a second name, if none has it; False where the file system has no such names."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def in_use(path: str | os.PathLike) -> Iterator[bool]:
+    """`with in_use(path) as alone:` – whether no other process is in such a block for this file or folder.
+
+    By flock, which ends with its process. Where there is none (Windows, some network file systems) all are alone.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        alone = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, fcntl.LOCK_SH)  # for the rest of the block, so that another one sees this one, and waits not
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    """Whether no other process has it."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return True
+    return True
+
+
 # ----------------------------------------------------------------------------
 # Text from files, servers and exceptions, for a terminal.
+
+
+def print_any_text() -> None:
+    """Let stdout and stderr escape what their encoding (cp1252, ascii) has no sign for, instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def printable(text: object) -> str:
@@ -281,7 +337,8 @@ class Logger(io.TextIOBase):
         if isinstance(text, bytes):
             text = text.decode('utf-8', errors='replace')
         if text:
-            self.stdout.write(text)
+            with self._giving_up_stdout():
+                self.stdout.write(text)
             with self._giving_up_the_file():
                 if self.file is not None:
                     self.file.write(text)
@@ -290,10 +347,23 @@ class Logger(io.TextIOBase):
         return size
 
     def flush(self) -> None:
-        self.stdout.flush()
+        with self._giving_up_stdout():
+            self.stdout.flush()
         with self._giving_up_the_file():
             if self.file is not None:
                 self.file.flush()
+
+    @contextlib.contextmanager
+    def _giving_up_stdout(self) -> Iterator[None]:
+        """A pipe that nobody reads any more counts as a terminal that was closed; what is printed goes to the file."""
+        try:
+            yield
+        except OSError as err:
+            if err.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, 'wb') as nowhere:  # so that the interpreter can flush its stdout at the end
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
+            signal.raise_signal(getattr(signal, 'SIGHUP', signal.SIGTERM))
 
     @contextlib.contextmanager
     def _giving_up_the_file(self) -> Iterator[None]:

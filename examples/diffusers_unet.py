@@ -12,10 +12,17 @@ from sampler_2nd import CountCalls, ito_taylor_sampler
 
 
 class EpsilonDenoiser(torch.nn.Module):
-    """D(x; σ) of an ε-prediction network and its scheduler. Between timesteps, t is linear in ln σ."""
+    """D(x; σ) of an ε-prediction network and its scheduler. Between timesteps, t is linear in ln σ.
+
+    Raises:
+        ValueError: the scheduler says that the network predicts something else.
+    """
 
     def __init__(self, unet, scheduler):
         super().__init__()
+        prediction = scheduler.config.prediction_type
+        if prediction != 'epsilon':
+            raise ValueError(f'the scheduler has prediction_type={prediction!r}; this is for networks of "epsilon"')
         self.unet = unet
         alphas = scheduler.alphas_cumprod.double()
         self.register_buffer('log_sigmas', ((1 - alphas) / alphas).log() / 2)

@@ -14,6 +14,7 @@ import torch
 
 import sampler_2nd
 
+STREAMS = 2**32  # seeds are taken modulo this number, as EDM does it
 IMAGE_VERSION = 2  # one more whenever the same settings make other images
 
 
@@ -22,7 +23,7 @@ class StackedRandomGenerator:
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
         self._device = device
-        self._generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
+        self._generators = [torch.Generator(device).manual_seed(int(seed) % STREAMS) for seed in seeds]
 
     def randn(self, size: Sequence[int], **kwargs: Any) -> torch.Tensor:
         return self._stack(torch.randn, size, **kwargs)
@@ -54,18 +55,23 @@ def generate_images(
     device: torch.device,
     class_idx: int | Sequence[int] | None = None,
     noise: str = 'fresh',
+    vectors: np.ndarray | None = None,
 ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     """Yield (seeds, images) for each batch of seeds; images are uint8 [N, R, R, C].
 
     Each seed draws, from a generator of its own on `device`: the latent, then a class (if the network knows classes,
     and even if `class_idx` overrides it), then what `sampler(net, latents, labels, randn_like=…)` asks for. With
     `noise` 'path' the sampler's noise is a `sampler_2nd.BrownianPath` of the seeds instead. Of several classes in
-    `class_idx`, seed k has number k mod their count.
+    `class_idx`, seed k has number k mod their count. `vectors`, float [M, label_dim], are the labels of a network that
+    was trained on vectors instead of classes: seed k has row k mod M.
     """
     for seeds in batches:
         rnd = StackedRandomGenerator(device, seeds)
         latents, classes = draw_start(net, rnd, seeds, class_idx)
         labels = None if classes is None else torch.eye(net.label_dim, device=device)[classes]
+        if vectors is not None:
+            rows = [seed % len(vectors) for seed in seeds]
+            labels = torch.tensor(vectors[rows], dtype=torch.float32, device=device)
         randn_like = sampler_2nd.BrownianPath(seeds) if noise == 'path' else rnd.randn_like
         try:
             images = sampler(net, latents, labels, randn_like=randn_like)
@@ -91,8 +97,8 @@ def draw_start(
 def classes_of(
     net: Any, batches: Sequence[Sequence[int]], device: torch.device, class_idx: int | Sequence[int] | None
 ) -> list[int] | None:
-    """The class of each seed, drawn as `generate_images` draws it; None for a network without classes."""
-    if not net.label_dim:
+    """The class of each seed, drawn as `generate_images` draws it; None without a network, or for one without classes."""
+    if net is None or not net.label_dim:
         return None
     starts = (draw_start(net, StackedRandomGenerator(device, seeds), seeds, class_idx) for seeds in batches)
     return [int(label) for _, classes in starts if classes is not None for label in classes]

@@ -14,6 +14,7 @@ import torch
 import sampler_2nd
 
 
+@sampler_2nd.explain_extremes
 @torch.no_grad()
 def edm_sampler(
     net,
@@ -69,6 +70,7 @@ def round_sigma(net, sigma: float) -> float:
 # The ablation sampler: any noise schedule σ(t), scaling s(t) and choice of time steps.
 
 
+@sampler_2nd.explain_extremes
 @torch.no_grad()
 def ablation_sampler(
     net,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 import dnnlib
@@ -29,6 +30,26 @@ def check_network(net: Any, class_idx: int | Sequence[int] | None) -> None:
         raise click.UsageError(f'--class={largest}: this network is unconditional; leave --class out')
     if largest >= net.label_dim:
         raise click.UsageError(f'--class={largest}: this network has the classes 0 to {net.label_dim - 1}')
+
+
+def read_vectors(path: str, label_dim: int) -> np.ndarray:
+    """The label vectors of --labels, float32 [M, label_dim].
+
+    Raises:
+        ValueError, OSError: the file has none that this network knows.
+    """
+    with open(path, 'rb') as file:
+        try:
+            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
+        except (ValueError, TypeError, EOFError) as err:
+            raise ValueError(f'--labels={path} is no .npy file of numbers: {dnnlib.util.one_line(err, 200)}') from None
+    if not label_dim or vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != label_dim:
+        raise ValueError(
+            f'--labels={path} has the shape {list(vectors.shape)}; this network has labels [N, {label_dim}]'
+        )
+    if not np.isfinite(vectors).all():
+        raise ValueError(f'--labels={path} has numbers that are not finite')
+    return vectors
 
 
 def check_guidance(guidance: float | None, gnet: str | None) -> None:

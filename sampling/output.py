@@ -1,5 +1,6 @@
 """The images of a run in their folder: what is there already, what may be added, how a run starts anew."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from dnnlib import settings as records
 from images import archives, files
 from sampling import run_record
 from torch_utils import distributed as dist
@@ -19,9 +19,9 @@ FORMATS = ('png', *ARCHIVES)
 class Output:
     """The images of a run, in `outdir`; a run with the same settings adds what is missing.
 
-    First `check`, on rank 0. Then, on every rank, `finished` has to be what that found, `add` takes batches of images
-    as they come, and `start` and `close` end it. `assemble`, on rank 0, once all ranks are through. Nothing is written
-    or deleted before there is an image to write, so a run that fails early leaves all as it was.
+    `with Output(…) as output:`, and in there first `check`; `add` takes batches of images as they come, and `start` and
+    `close` end it: all on every rank. `assemble`, on rank 0, once all ranks are through. Nothing is written or deleted
+    before there is an image to write, so a run that fails early leaves all as it was.
 
     Attributes:
         path: the folder, or the archive in it.
@@ -50,22 +50,33 @@ class Output:
         self._started = False
         self._written: set[int] = set()
         self._stale: list[str] = []  # files to delete before the first image is written
+        self._record: dict[str, Any] | None = None  # that was there before, and may be replaced
+        self._until_exit = contextlib.ExitStack()
         self._archive = ARCHIVES[image_format](self.path) if image_format in ARCHIVES else None
         self._images: files.PngFolder | archives.Archive = self._archive or files.PngFolder(outdir, subdirs)
-        self._background = files.Background(self._images.write)
+        self._background = files.Background(self._write)
 
-    def check(self, seeds: Sequence[int]) -> set[int]:
-        """The seeds whose images are there.
+    def __enter__(self) -> 'Output':
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._until_exit.close()
+
+    def check(self, seeds: Sequence[int]) -> None:
+        """Find the images that are there.
 
         Raises:
             ValueError: the folder holds images that were made in another way, or that --overwrite would not replace.
         """
+        self.finished, self._record = dist.on_rank0(lambda: (self._look(seeds), self._record))
+
+    def _look(self, seeds: Sequence[int]) -> set[int]:
         if not os.path.isdir(self.outdir):
             return set()
         found = list(files.own_files(self.outdir))
         there = {path for path in found if path == files.final_path(path)}
         mine = self._images.paths(seeds) | {run_record.path_in(self.outdir)}
-        before = run_record.read(self.outdir)
+        before = self._record = run_record.read(self.outdir)
         if self._overwrite:
             self._stale = found
             if before is None:
@@ -118,22 +129,52 @@ class Output:
         if self._started:
             return
         self._started = True
-        if dist.get_rank() == 0:
-            with dnnlib.util.explain_failed_write(self.outdir):
+        if self._overwrite or self._archive is not None:
+            dist.on_rank0(self._make_way)  # no rank writes what another one would delete
+        elif dist.get_rank() == 0:
+            self._make_way()
+        with dnnlib.util.explain_failed_write(self.outdir):
+            os.makedirs(self.outdir, exist_ok=True)
+        there = run_record.save(self.outdir, self._settings, self._note, None if self._overwrite else self._record)
+        changes = run_record.differences(there or {}, self._settings)
+        if changes:
+            raise ValueError(
+                f'another run has begun to write into {self.outdir}, with other settings ({changes}); choose another '
+                '--outdir'
+            )
+
+    def _make_way(self) -> None:
+        with dnnlib.util.explain_failed_write(self.outdir):
+            os.makedirs(self.outdir, exist_ok=True)
+            alone = self._until_exit.enter_context(dnnlib.util.in_use(self.outdir))
+            if alone:
                 files.delete(self._stale)
-                if self._overwrite:
-                    run_record.remove(self.outdir)
+        if not alone and (self._overwrite or self._archive is not None):
+            raise ValueError(f'another run is writing into {self.outdir}; wait for its end, or choose another --outdir')
         if self._overwrite:
-            dist.barrier()  # no rank writes what another one would delete
-        if run_record.read(self.outdir) != records.as_stored(self._settings):
-            run_record.save(self.outdir, self._settings, self._note)
+            run_record.remove(self.outdir)
+
+    def _write(self, seed: int, image: np.ndarray) -> None:
+        if not os.path.isfile(run_record.path_in(self.outdir)):
+            raise self._gone(run_record.NAME)
+        self._images.write(seed, image)
+
+    def _gone(self, what: str) -> OSError:
+        return OSError(f'{self.outdir} has lost {what} while this run was writing into it; give another --outdir')
 
     def close(self) -> None:
         """Wait until all is on disk."""
         self._background.close()
 
     def assemble(self, seeds: Sequence[int], classes: Callable[[], Sequence[int] | None]) -> None:
-        """Make the archive, where one was asked for, of all images and of what `classes()` says of them."""
+        """Make the archive, where one was asked for, of all images and of what `classes()` says of them.
+
+        Raises:
+            OSError: images that were written are no longer there.
+        """
+        lost = len(set(seeds) - self._images.finished(seeds)) if os.path.isdir(self.outdir) else len(seeds)
+        if lost:
+            raise self._gone(f'{lost} images')
         if self._archive is not None:
             self._archive.assemble(seeds, classes())
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import dnnlib
 from dnnlib import settings
 
 NAME = 'generate.json'
@@ -52,11 +51,18 @@ def _in_words_of_today(of: dict[str, Any]) -> dict[str, Any]:
     return {'sampler': name} | of
 
 
-def save(outdir: str, of: dict[str, Any], note: dict[str, Any]) -> None:
-    """`of`: the settings that the images depend on; `note`: what a reader may want to know besides."""
-    with dnnlib.util.explain_failed_write(path_in(outdir)):
-        os.makedirs(outdir, exist_ok=True)
-    settings.save(path_in(outdir), {'settings': settings.as_stored(of), **note})
+def save(outdir: str, of: dict[str, Any], note: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The settings on record, once these are, or those of another run that was quicker.
+
+    `of`: the settings that the images depend on; `note`: what a reader may want to know besides; `before`: the
+    settings that these may replace.
+    """
+    there, of = read(outdir), settings.as_stored(of)
+    if there != of and there in (before, None):
+        with contextlib.suppress(FileExistsError):
+            settings.save(path_in(outdir), {'settings': of, **note}, replace=there is not None)
+        there = read(outdir)
+    return there
 
 
 def remove(outdir: str) -> None:

@@ -1,12 +1,14 @@
 """One process: plain tests. Two processes: torchrun runs this file as a script, once for all tests of the outcome."""
 
 import atexit
+import datetime
 import json
 import os
 import subprocess
 import sys
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,7 @@ def test_unavailable_devices_are_explained(machine, monkeypatch, name, gpus, loc
 def test_backend_and_defaults(machine, monkeypatch, device, os_name, backend):
     machine(gpus=2)
     calls, at_exit = [], []
-    environ = {'WORLD_SIZE': '2', 'MASTER_PORT': '1234'}
+    environ = {'WORLD_SIZE': '2', 'MASTER_PORT': '1234', 'RANK': '0'}
     monkeypatch.setattr(distributed, 'os', types.SimpleNamespace(name=os_name, environ=environ))
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda **kwargs: calls.append(kwargs))
     monkeypatch.setattr(distributed.atexit, 'register', at_exit.append)
@@ -152,6 +154,33 @@ def two_ranks(tmp_path_factory):
 
 def test_two_ranks_form_a_group(two_ranks):
     assert [rank['group'] for rank in two_ranks.ranks] == [[0, 2, 'gloo', 'cpu'], [1, 2, 'gloo', 'cpu']]
+
+
+@pytest.mark.parametrize('script', ['generate.py', 'train.py'])
+def test_half_a_launcher_is_told_at_once(script, tmp_path):
+    (tmp_path / 'data').mkdir()
+    needed = [f'--outdir={tmp_path}/out', f'--data={tmp_path}/data'] if script == 'train.py' else ['--grid=x.png']
+    env = {name: value for name, value in os.environ.items() if name != 'RANK'} | {'WORLD_SIZE': '2'}
+    command = [sys.executable, str(ROOT / script), *needed]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr == (
+        'Error: the environment has WORLD_SIZE=2, but no RANK: start the processes with torchrun, or unset WORLD_SIZE '
+        'for a single one\n'
+    )
+
+
+def test_a_group_that_never_forms_is_one_line(monkeypatch, capsys):
+    for name, value in {'WORLD_SIZE': '2', 'RANK': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, value)
+    in_a_second = {'timeout': datetime.timedelta(seconds=1)}
+    monkeypatch.setattr(torch.distributed, 'init_process_group', partial(INIT_PROCESS_GROUP, **in_a_second))
+    with pytest.raises(ValueError, match='rank 1: the group of 2 processes at localhost:1 has not formed: '):
+        distributed.init('cpu')
+    assert capsys.readouterr().err == 'Rank 1 is waiting for the group of 2 processes at localhost:1 ...\n'
+
+
+INIT_PROCESS_GROUP = torch.distributed.init_process_group
 
 
 def test_print0_prints_once(two_ranks):

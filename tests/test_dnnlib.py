@@ -1,6 +1,8 @@
 import copy
 import hashlib
 import inspect
+import io
+import os
 import pickle
 import re
 import subprocess
@@ -22,6 +24,7 @@ from tqdm import tqdm
 import dnnlib
 from dnnlib import downloads, published, util
 
+ROOT = Path(__file__).parents[1]
 PUBLISHED = 'https://nvlabs-fi-cdn.nvidia.com/edm/'
 BODY = bytes(range(256)) * 4000
 
@@ -789,3 +792,31 @@ def test_an_error_without_a_message_is_named():
         'x y',
         '',
     ]
+
+
+# ----------------------------------------------------------------------------
+# Streams of any encoding.
+
+SCRIPTS = ['generate.py', 'train.py', 'fid.py', 'dataset_tool.py', 'example.py', 'compare.py']
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_script_prints_to_streams_of_any_encoding(script, encoding):
+    environment = {**os.environ, 'PYTHONIOENCODING': encoding, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, str(ROOT / script), '--help'], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b'')
+    assert b'--' in done.stdout
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
+def test_any_text_is_printed(monkeypatch, encoding):
+    stdout, stderr = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(stdout, encoding))
+    monkeypatch.setattr(sys, 'stderr', io.TextIOWrapper(stderr, encoding))
+    util.print_any_text()
+    for stream in (sys.stdout, sys.stderr):
+        print('σ → 日', file=stream, flush=True)
+    expected = 'σ → 日' if encoding == 'utf-8' else r'\u03c3 \u2192 \u65e5'
+    assert stdout.getvalue().decode(encoding).rstrip() == expected
+    assert stderr.getvalue() == stdout.getvalue()

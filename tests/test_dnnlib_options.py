@@ -1,11 +1,14 @@
 """dnnlib/options.py: what the types of options take, and what they say otherwise."""
 
 import json
+import re
 from pathlib import Path
 
 import click
 import pytest
 
+import generate
+import train
 from dnnlib import options
 
 GOLDEN = json.loads((Path(__file__).parent / 'data' / 'edm_samplers.json').read_text())
@@ -74,3 +77,29 @@ def test_numbers_to_compute_with(text):
 def test_a_range_that_no_memory_holds_is_refused():
     with pytest.raises(ValueError, match=r"'0-9999999999' has 10,000,000,000 numbers, more than 100,000,000"):
         options.parse_int_list('0-9999999999')
+
+
+def test_a_path_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for text, path in [
+        ('~/a/b.png', f'{tmp_path}/a/b.png'),
+        ('~', str(tmp_path)),
+        ('a/~/b', 'a/~/b'),
+        ('https://host/~me/net.pkl', 'https://host/~me/net.pkl'),
+        ('edm-cifar10-32x32-cond-vp', 'edm-cifar10-32x32-cond-vp'),
+        ('', ''),
+    ]:
+        assert options.user_path.convert(text, None, None) == path
+    assert options.NewFile('.png').convert('~/a.png', None, None) == f'{tmp_path}/a.png'
+
+
+def test_a_device_is_no_path():
+    with pytest.raises(click.BadParameter, match='/dev/null is a pipe or a device, neither a file nor a folder'):
+        options.user_path.convert('/dev/null', None, None)
+
+
+@pytest.mark.parametrize('command', [generate.main, train.main], ids=['generate', 'train'])
+def test_every_option_that_names_a_file_takes_a_path_of_the_user(command):
+    naming = [each for each in command.params if re.search('PATH|DIR|ZIP|NPZ|PNG|URL|PT', each.metavar or '')]
+    assert naming
+    assert [each.name for each in naming if not isinstance(each.type, options.UserPath)] == []

@@ -32,3 +32,8 @@ def test_other_files_are_refused_in_one_line(tmp_path, text):
 def test_no_file_is_no_record(tmp_path):
     with pytest.raises(FileNotFoundError):
         settings.read(tmp_path / 'record.json')
+
+
+def test_json_has_no_word_for_nan():
+    found = {'fid': math.nan, 'n': 4, 'ranges': [{'fid': math.inf}, {'fid': 0.5}], 'title': 'FD'}
+    assert settings.without_nan(found) == {'fid': None, 'n': 4, 'ranges': [{'fid': None}, {'fid': 0.5}], 'title': 'FD'}

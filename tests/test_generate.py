@@ -389,6 +389,30 @@ def test_bad_input(network_files, tmp_path, args, words):
     assert_refused(outcome, outdir, *(word.format(files=network_files) for word in words))
 
 
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (['--rho=1e-3'], ['rho=0.001 is too small']),
+        (['--sigma_max=1e39'], ['seed 0', 'not finite after step 1 of 4']),
+        (['--sigma_max=1e200'], ['out of the range of float64']),
+        (['--sigma_min=1e-320'], ['seed 0', 'not finite']),
+        (['--sampler=rk', '--noise=path', '--sigma_min=1e-320'], ['out of the range of float64']),
+        (['--sampler=rk', '--S_noise=1e39'], ['seed 0', 'not finite after step 1 of 4']),
+        (['--sampler=taylor', '--eta=30'], ['seed 0', 'not finite after step 1 of 4']),
+        (['--disc=vp', '--sigma_min=1e-200'], ['out of the range of float64']),
+    ],
+)
+def test_extreme_settings_are_one_line_and_leave_no_image(network_files, tmp_path, args, words):
+    outcome = run(
+        f'--outdir={tmp_path}/out', f'--network={network_files}/digits.pkl', '--seeds=0-2', '--steps=4', *args
+    )
+    assert outcome.status == 1
+    error = outcome.err.splitlines()[-1]
+    assert error.startswith('Error: ')
+    assert all(word in error for word in words), error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_outdir_is_required():
     outcome = run('--seeds=0')
     assert outcome.status == 2

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -308,6 +309,67 @@ def test_a_damaged_file_is_named(sample, refused, tmp_path, image_format):
     assert 'damaged' in line
 
 
+def test_seeds_that_repeat_a_stream_are_said_once(sample, tmp_path):
+    printed = sample('out', seeds=f'--seeds=5,{2**32 + 5},{2**32 + 6},6')
+    [line] = [line for line in printed.splitlines() if line.startswith('Warning: ')]
+    assert line.endswith('modulo 2^32, as EDM does it: 5 and 4294967301 of --seeds have the same random numbers')
+    assert (image(tmp_path / 'out' / '000005.png') == image(tmp_path / 'out' / '4294967301.png')).all()
+    assert 'Warning' not in sample('other', seeds=f'--seeds=5,{2**32 + 6}')
+
+
+@pytest.mark.parametrize(('option', 'made'), [('outdir', 'out'), ('grid', 'grid.png'), ('network', 'digits.pkl')])
+def test_home_is_where_a_shell_has_it(files, tmp_path, monkeypatch, option, made):
+    (tmp_path / 'home').mkdir()
+    shutil.copy(files / 'digits.pkl', tmp_path / 'home')
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.chdir(tmp_path)
+    outcome = run('--outdir=images', f'--network={files}/digits.pkl', '--seeds=0', '--steps=1', f'--{option}=~/{made}')
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / 'home' / made).exists()
+    assert not (tmp_path / '~').exists()
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no named pipes')
+@pytest.mark.parametrize('option', ['network', 'gnet', 'ref', 'outdir'])
+def test_a_pipe_is_no_file(files, tmp_path, option):
+    os.mkfifo(tmp_path / 'pipe')
+    outcome = run(f'--outdir={tmp_path}/out', '--seeds=0', f'--{option}={tmp_path}/pipe')
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].endswith(f'{tmp_path}/pipe is a pipe or a device, neither a file nor a folder')
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no named pipes')
+def test_a_pipe_is_no_record(refused, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / '000000.png').write_bytes(b'')
+    os.mkfifo(tmp_path / 'out' / 'generate.json')
+    assert 'generate.json is not a record of generate.py' in refused('out')
+
+
+def test_label_vectors(sample, refused, files, tmp_path):
+    """A row that is one-hot is a class; and what the images depend on is on record."""
+    np.save(tmp_path / 'labels.npy', np.eye(3)[[2, 0]])
+    vectors = f'--labels={tmp_path / "labels.npy"}'
+    sample('classes', '--class=2,0')
+    sample('vectors', vectors)
+    pictures = [
+        {name: data for name, data in contents(tmp_path / each).items() if name.endswith('.png')}
+        for each in ('classes', 'vectors')
+    ]
+    assert len(pictures[0]) == 8
+    assert pictures[0] == pictures[1]
+    np.save(tmp_path / 'labels.npy', np.eye(3)[[2, 1]])
+    assert '--labels: ' in refused('vectors', vectors)
+    assert 'labels.npy has the shape [2]; this network has labels [N, 3]' in refused_labels(refused, tmp_path, [0, 1])
+    assert 'not finite' in refused_labels(refused, tmp_path, [[0, 1, np.nan]])
+    assert 'is no .npy file of numbers' in refused_labels(refused, tmp_path, np.array([[None] * 3]))
+
+
+def refused_labels(refused, tmp_path, labels):
+    np.save(tmp_path / 'labels.npy', labels)
+    return refused('vectors', f'--labels={tmp_path / "labels.npy"}')
+
+
 # ----------------------------------------------------------------------------
 # Metrics and pictures of all images, drawn now or before.
 
@@ -328,13 +390,13 @@ def test_metrics_of_a_continued_run_are_those_of_all_images(sample, tmp_path):
     ]
     assert CliRunner().invoke(fid.main, made).exit_code == 0
     metrics = ['--metrics=fid,swd', f'--ref={ref}', '--detector=pixels']
-    whole = sample('whole', *metrics).splitlines()[-2:]
+    whole = sample('whole', *metrics).splitlines()
     sample('out')
     for seed in (1, 2):
         (tmp_path / 'out' / f'{seed:06d}.png').unlink()
     for _ in range(2):  # four images of eight are there, then all
-        assert sample('out', *metrics).splitlines()[-2:] == whole
-    assert whole[0].startswith('fid ')
+        assert sample('out', *metrics).splitlines() == whole
+    assert [line.split()[0] for line in whole] == ['fid', 'swd']  # the numbers alone on stdout
 
 
 def test_grid_has_the_first_hundred_images_and_needs_no_folder(files, tmp_path, sample):

@@ -532,7 +532,8 @@ def test_a_network_of_one_piece_without_a_forward_mode():
 
 
 @pytest.mark.parametrize(
-    'error', [RuntimeError('out of memory'), NotImplementedError('no such layer'), ValueError('labels')]
+    'error',
+    [RuntimeError('out of memory'), NotImplementedError('no such layer'), ValueError('labels'), ZeroDivisionError()],
 )
 def test_other_errors_of_the_network_pass_unchanged(error):
     def fail(x):
@@ -646,6 +647,19 @@ def test_inference_mode_around_the_sampler_changes_nothing():
 def test_numbers_that_nothing_can_be_computed_with(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ito_taylor_sampler(Gaussian(), torch.randn(2, 3), **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'scheme': 'rk', 'sigma_max': 1e200},  # σ²
+        {'scheme': 'euler', 'eta': 1e200},  # η²
+        {'scheme': 'rk', 'sigma_min': 1e-320, 'randn_like': sampler_2nd.BrownianPath([0, 1])},  # e^{−2λ}
+    ],
+)
+def test_settings_that_lead_out_of_the_range_of_float64(kwargs):
+    with pytest.raises(ValueError, match='these settings lead out of the range of float64'):
+        ito_taylor_sampler(Gaussian(), torch.randn(2, 3), num_steps=4, **kwargs)
 
 
 @pytest.mark.parametrize('rho', [0.2, 0.25, 0.33, 1, 7, 50])

@@ -108,3 +108,17 @@ def test_ablation_sampler_names_what_it_does_not_know():
     for name in ('solver', 'discretization', 'schedule', 'scaling'):
         with pytest.raises(ValueError, match=f"{name}='none-such' is not one of"):
             edm.ablation_sampler(GaussianDenoiser(), LATENTS, **{name: 'none-such'})
+
+
+@pytest.mark.parametrize(
+    ('sampler', 'kwargs'),
+    [
+        (edm.edm_sampler, {'sigma_max': 1e200}),
+        (edm.ablation_sampler, {'sigma_max': 1e200}),
+        (edm.ablation_sampler, {'sigma_min': 1e-200, 'schedule': 'vp'}),
+        (edm.ablation_sampler, {'sigma_min': 79.999999, 'discretization': 'vp'}),
+    ],
+)
+def test_settings_that_lead_out_of_the_range_of_float64(sampler, kwargs):
+    with pytest.raises(ValueError, match='these settings lead out of the range of float64'):
+        sampler(GaussianDenoiser(), LATENTS, randn_like=constant_noise, num_steps=4, **kwargs)

@@ -26,13 +26,19 @@ def test_fingerprint_sees_weights_and_arguments_and_no_layout():
 
 def test_record_comes_back_and_is_plain_json(tmp_path):
     of = {'steps': 18, 'S_max': math.inf, 'class': (0, 1), 'gnet': None, 'rho': 7.5}
-    run_record.save(str(tmp_path / 'new'), of, {'torch': '2'})
-    text = (tmp_path / 'new' / 'generate.json').read_text()
+    before = run_record.save(str(tmp_path), of, {'torch': '2'}, before=None)
+    text = (tmp_path / 'generate.json').read_text()
     assert json.loads(text, parse_constant=pytest.fail)['torch'] == '2'
-    before = run_record.read(str(tmp_path / 'new'))
+    assert run_record.read(str(tmp_path)) == before
     assert run_record.differences(before, of) == ''
     changed = {**of, 'steps': 40, 'S_max': 50.0, 'eta': 0}
     assert run_record.differences(before, changed) == '--steps: 18 → 40, --S_max: inf → 50.0, --eta: none → 0'
+
+
+def test_a_record_replaces_only_the_one_that_it_may(tmp_path):
+    saved = [run_record.save(str(tmp_path), {'steps': n}, {}, before) for n, before in [(1, None), (2, None)]]
+    assert saved == [{'steps': 1}, {'steps': 1}]
+    assert run_record.save(str(tmp_path), {'steps': 3}, {}, {'steps': 1}) == {'steps': 3}
 
 
 @pytest.mark.parametrize(

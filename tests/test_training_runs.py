@@ -1,6 +1,7 @@
 """Runs of train.py that go on, stop, fail or show what they do: on scikit-learn's digits, mostly in this process."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -20,9 +21,10 @@ import torch
 from click.testing import CliRunner
 
 import dataset_tool
+import dnnlib
 import train
 from images import pictures
-from sampling import draw
+from sampling import choose, draw
 from torch_utils import distributed, interrupts, misc, network_io
 from training import networks, reporter, run_state, training_loop
 
@@ -147,6 +149,14 @@ def test_a_damaged_state_is_told_and_the_one_before_taken(data, copied, capsys, 
     assert 'Traceback' not in run.output
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no named pipes')
+def test_a_pipe_is_no_state(data, copied):
+    os.mkfifo(copied / 'training-state-000009.pt')
+    run = train_here(data, copied, '--duration=0.002', '--samples=3', '--snap=1')
+    assert 'training-state-000009.pt is damaged (it is not a file); passed over' in run.output
+    assert 'This run is complete' in run.output
+
+
 def test_damaged_states_alone_start_nothing(data, copied, tmp_path):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     for path in copied.glob('*.pt'):
@@ -261,7 +271,7 @@ def test_states_of_edm_are_not_read_without_trust(data, edm_run):
 # Ends before the end.
 
 
-@pytest.mark.parametrize(('number', 'workers'), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(('number', 'workers'), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 0)])
 def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
     """SIGINT as the terminal sends it, to the loading process as well."""
     command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--nosubdir']
@@ -284,6 +294,32 @@ def test_signals_end_a_run_with_a_state(data, tmp_path, number, workers):
     assert f'--resume={state}' in output
     assert run_state.find_damage(str(state)) is None
     assert torch.load(state, weights_only=True)['cur_nimg'] > 0
+    snapshot = str(state).replace('training-state', 'network-snapshot').replace('.pt', '.pkl')
+    assert network_io.load_network(snapshot).img_resolution == 8
+
+
+def test_a_closed_pipe_ends_a_run_with_a_state(data, tmp_path):
+    """As `train.py … | head` has it."""
+    command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--nosubdir']
+    run = subprocess.Popen([*command, '--duration=10'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + TIMEOUT
+    while not (tmp_path / 'network-snapshot-000000.pkl').exists() and time.time() < deadline:
+        time.sleep(0.05)
+    run.stdout.close()
+    _, err = run.communicate(timeout=TIMEOUT)
+    assert (run.returncode, err) == (0, '')
+    assert 'Stopped by SIGHUP at' in (tmp_path / 'log.txt').read_text()
+    [state] = list(tmp_path.glob('training-state-*.pt'))
+    assert run_state.find_damage(str(state)) is None
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='this system has no such signal')
+def test_nohup_stays():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with interrupts.Interrupts() as noted:
+        signal.raise_signal(signal.SIGHUP)
+        assert noted.received is None
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 def test_a_stop_at_the_end_of_a_tick_finishes_the_tick(data, tmp_path, monkeypatch):
@@ -337,6 +373,47 @@ def test_what_a_killed_run_had_half_written_goes(data, copied):
     (copied / '.tmp_0_training-state-000003.pt').touch()
     assert train_here(data, copied, '--duration=0.002').exit_code == 0
     assert not list(copied.glob('.tmp_*'))
+
+
+def test_two_runs_do_not_share_a_folder(data, copied, tmp_path, monkeypatch):
+    """Nor does the second delete what the first is about to write."""
+    (copied / '.tmp_0_training-state-000003.pt').touch()
+    with dnnlib.util.in_use(copied / 'log.txt') as alone:
+        assert alone
+        before = {path.name: path.read_bytes() for path in copied.iterdir()}
+        second = train_here(data, copied, '--duration=0.003')
+        assert second.exit_code == 1
+        assert second.stderr.splitlines()[-1] == f'Error: another run is training in {copied}; choose another --outdir'
+        assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(data, tmp_path, monkeypatch):
+    """Another run makes the folder just after this one has chosen it."""
+    make_config = train.make_config
+
+    def overtaken(opts, dataset, state):
+        os.mkdir(train.run_dir_name(opts, dataset.name))
+        return make_config(opts, dataset, state)
+
+    monkeypatch.setattr(train, 'make_config', overtaken)
+    command = [f'--outdir={tmp_path}', f'--data={data}', *SMALL, '--duration=0.00001']
+    run = CliRunner().invoke(train.main, command)
+    assert run.exit_code == 0, run.output
+    first, second = sorted(tmp_path.iterdir())
+    assert (first.name[:6], second.name[:6]) == ('00000-', '00001-')
+    assert list(first.iterdir()) == []
+    assert f'Another run has made that directory; this one has {second}' in run.output
+    assert (second / 'training-state-000001.pt').exists()
+
+
+def test_a_clock_that_goes_back_spoils_no_state(data, copied, monkeypatch):
+    path = copied / 'training-state-000002.pt'
+    torch.save({**torch.load(path, weights_only=True), 'elapsed_sec': -3591.05}, path)  # as version 0.1 wrote it
+    now = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, 'time', lambda: next(now))
+    run = train_here(data, copied, '--duration=0.003')
+    assert run.exit_code == 0, run.output
+    assert 0 <= torch.load(copied / 'training-state-000003.pt', weights_only=True)['elapsed_sec'] < 600
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_files(data, copied):
@@ -446,12 +523,33 @@ def test_samples_are_those_of_generate(finished):
     sheets = [np.array(PIL.Image.open(finished / f'samples-{kimg:06d}.png')) for kimg in (0, 1, 2)]
     assert [sheet.shape for sheet in sheets] == [(16, 36)] * 3
     net = network_io.load_network(str(finished / 'network-snapshot-000002.pkl'))
-    for sampler, left in zip(train.SHEET_SAMPLERS, [0, 20], strict=True):
+    for name, left in [('heun', 0), ('rk', 20)]:
+        sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)
         [(_, images)] = draw.generate_images(net, [[0, 1, 2]], sampler, torch.device('cpu'))
         grid = sheets[2][:, left : left + 16]
         for image, (y, x) in zip(images, [(0, 0), (0, 8), (8, 0)], strict=True):
             assert np.abs(grid[y : y + 8, x : x + 8].astype(int) - image[:, :, 0]).max() <= 1
     assert not np.array_equal(sheets[0], sheets[2])
+
+
+def test_samples_of_a_network_of_label_vectors_have_the_labels_of_the_data(tmp_path):
+    vectors = [[0.5, -1, 2], [1, 1, 0], [3, 0.25, 0]]
+    data = tmp_path / 'data'
+    data.mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(np.full([8, 8], 80 * i, dtype=np.uint8)).save(data / f'{i}.png')
+    (data / 'dataset.json').write_text(json.dumps({'labels': [[f'{i}.png', vectors[i]] for i in range(3)]}))
+    options = ['--cond=1', '--duration=0.001', '--samples=2', '--sampler=heun', '--snap=1']
+    run = train_here(data, tmp_path / 'run', *options)
+    assert run.exit_code == 0, run.output
+    sheet = np.array(PIL.Image.open(tmp_path / 'run' / 'samples-000001.png')).astype(int)
+    net = network_io.load_network(str(tmp_path / 'run' / 'network-snapshot-000001.pkl'))
+    labels = torch.tensor(vectors[:2])
+    rnd = draw.StackedRandomGenerator('cpu', [0, 1])
+    latents, _ = draw.draw_start(net, rnd, [0, 1], None)
+    images = draw.to_uint8(choose.make('heun')(net, latents, labels, randn_like=rnd.randn_like))
+    assert np.abs(sheet[:8, :8] - images[0, :, :, 0]).max() <= 1
+    assert np.abs(sheet[:8, 8:16] - images[1, :, :, 0]).max() <= 1
 
 
 def test_loss_curve(data, finished, tmp_path):

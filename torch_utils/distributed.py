@@ -12,15 +12,18 @@ import gc
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from dnnlib.util import one_line
+
 T = TypeVar('T')
 
-_GROUP_DEFAULTS = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500', 'RANK': '0', 'LOCAL_RANK': '0'}
+_GROUP_DEFAULTS = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500', 'LOCAL_RANK': '0'}
 _LOST_PEER = r'gloo.transport|NCCL|Connection (closed|reset) by|Broken pipe'
 
 
@@ -35,6 +38,9 @@ def init(device: str | torch.device | None = None) -> torch.device:
 
     Returns:
         The device that this process computes on.
+
+    Raises:
+        ValueError: the device is not there, or the group does not form.
     """
     selected = select_device(device)
     if _env_int('WORLD_SIZE', 1) > 1 and not _has_group():
@@ -173,16 +179,27 @@ def _has_group() -> bool:
 
 
 def _join_group(device: torch.device) -> None:
+    if 'RANK' not in os.environ:
+        raise ValueError(
+            f'the environment has WORLD_SIZE={os.environ["WORLD_SIZE"]}, but no RANK: start the processes with '
+            'torchrun, or unset WORLD_SIZE for a single one'
+        )
     for key, default in _GROUP_DEFAULTS.items():
         os.environ.setdefault(key, default)
+    rank, world, address, port = (os.environ[key] for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))
+    group = f'{world} processes at {address}:{port}'
+    if not dist.is_torchelastic_launched():  # torchrun knows of all processes; who else starts them may forget one
+        print(f'Rank {rank} is waiting for the group of {group} ...', file=sys.stderr)
     # Its functions take the default group as a default argument: imported later, by DistributedDataParallel, they would
     # keep the group for ever, and its threads running into the end of the interpreter, which now and then aborts then.
     importlib.import_module('torch.distributed.nn')
-    if device.type == 'cuda' and os.name != 'nt':
-        # Bound to its GPU, nccl need not guess one in `barrier`, which it does with a warning.
-        dist.init_process_group(backend='nccl', init_method='env://', device_id=device)
-    else:
-        dist.init_process_group(backend='gloo', init_method='env://')
+    # Bound to its GPU, nccl need not guess one in `barrier`, which it does with a warning.
+    on_gpu = device.type == 'cuda' and os.name != 'nt'
+    chosen: dict[str, Any] = {'backend': 'nccl', 'device_id': device} if on_gpu else {'backend': 'gloo'}
+    try:
+        dist.init_process_group(init_method='env://', **chosen)
+    except RuntimeError as err:
+        raise ValueError(f'rank {rank}: the group of {group} has not formed: {one_line(err, 300)}') from err
     atexit.register(_leave_group)
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 import click
 import torch
 
-from dnnlib.util import one_line
+from dnnlib.util import one_line, print_any_text
 
 PACKAGES = ('numpy', 'pillow', 'click', 'safetensors', 'scipy', 'matplotlib', 'diffusers', 'k-diffusion', 'torchsde')
 
@@ -65,4 +65,5 @@ def _tried(check: Callable[[], object]) -> str:
 
 
 if __name__ == '__main__':
+    print_any_text()
     main()

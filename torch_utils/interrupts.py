@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noted until the run can end well."""
+"""Ctrl-C, SIGTERM and a terminal that closes, noted until the run can end well."""
 
 import os
 import signal
@@ -8,14 +8,15 @@ from typing import Any
 
 from torch_utils import distributed as dist
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])]
 IMPATIENCE_SEC = 1  # a repeated signal within it is taken for the same one
 GRACE_SEC = 20  # what is left to a loading process after SIGTERM
 
 
 class Interrupts:
-    """Inside the `with` block, SIGINT and SIGTERM end nothing; `received` is the name of the last one, or None.
+    """Inside the `with` block, the `SIGNALS` end nothing; `received` is the name of the last one, or None.
 
+    A SIGHUP that is ignored, as nohup has it, stays so.
     In a single process the second one, a second later or more, does what it does outside. With several, launchers send
     each signal twice. Outside the main thread, where Python allows no handlers, all stays as it is.
     """
@@ -27,7 +28,8 @@ class Interrupts:
 
     def __enter__(self) -> 'Interrupts':
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = [number for number in SIGNALS[2:] if signal.getsignal(number) is signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *_exc: object) -> None:

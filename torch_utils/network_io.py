@@ -465,4 +465,5 @@ def convert(src: str, dest: str) -> None:
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

@@ -31,16 +31,16 @@ class Reporter:
         self.stats_path = os.path.join(run_dir, 'stats.jsonl')
         self._total_kimg = total_kimg
         self._device = device
-        self._tick_began = self._tick_ended = time.time()
+        self._tick_began = self._tick_ended = time.monotonic()
         self._maintenance_sec = 0.0
 
     def start_tick(self) -> None:
         """Call after the work between ticks (snapshots, states), which counts as maintenance."""
-        self._tick_began = time.time()
+        self._tick_began = time.monotonic()
         self._maintenance_sec = self._tick_began - self._tick_ended
 
     def end_tick(self, run: Run) -> None:
-        self._tick_ended = time.time()
+        self._tick_ended = time.monotonic()
         tick_sec = self._tick_ended - self._tick_began
         run.elapsed_sec += tick_sec + self._maintenance_sec
         kimg = run.cur_nimg / 1000
@@ -170,4 +170,5 @@ def main(stats: tuple[str, ...], dest: str) -> None:
 
 
 if __name__ == '__main__':
+    dnnlib.util.print_any_text()
     main()

@@ -102,6 +102,7 @@ class Run:
         self.net.load_state_dict(content['net'])
         self.ema.load_state_dict(content['ema'])
         self._take_optimizer(content['optimizer'])
+        content['elapsed_sec'] = max(content['elapsed_sec'], 0)  # a clock that went back may have made it negative
         for name in _COUNTERS:
             if not 0 <= content[name] < math.inf:
                 raise ValueError(f'{name} is {content[name]!r}')
@@ -167,6 +168,8 @@ def latest_state(folder: str) -> str | None:
 
 def find_damage(path: str) -> str | None:
     """What is wrong with a state file, by the checksums of its parts, which PyTorch writes and does not look at."""
+    if not os.path.isfile(path):
+        return 'it is not a file'  # reading a pipe would never end
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()

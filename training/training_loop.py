@@ -97,7 +97,8 @@ class Config:
 def training_loop(**options: Any) -> None:
     """Train a network; write snapshots, states and statistics to `run_dir`. The options are the fields of `Config`.
 
-    SIGINT and SIGTERM, or `distributed.should_stop`, end the run after the step in progress, with a state file.
+    SIGINT, SIGTERM and SIGHUP, or `distributed.should_stop`, end the run after the step in progress, with a state file
+    and a snapshot of the network.
 
     Raises:
         ValueError: `batch_size` does not divide evenly, or a file to resume from does not fit.
@@ -133,6 +134,7 @@ def _train(trainer: 'Trainer', outputs: 'Outputs', interrupts: Interrupts) -> No
             outputs.end_tick(done)
         if stopped:
             path = outputs.save_state()
+            outputs.save_network()
             dist.print0(f'\nStopped by {interrupts.received or "request"} at {run.cur_nimg / 1000:.1f} kimg.')
             dist.print0(f'The state is in {path}; continue with the same options and --resume={path} (no --transfer),')
             dist.print0('or, with --nosubdir, with the same command.')
@@ -368,14 +370,7 @@ class Outputs:
 
     def save_snapshot(self) -> None:
         """The EMA network, a sheet of images drawn with it, and the loss so far."""
-        try:
-            misc.check_ddp_consistency(self.run.ema)
-        except AssertionError as err:
-            raise ValueError(
-                f'the networks of the processes have drifted apart ({err}); resume the last state'
-            ) from None
-        if dist.get_rank() == 0:
-            self._save_network(self._path(f'network-snapshot-{{kimg}}.{self.config.snapshot_format}'))
+        self.save_network()
         if self.config.draw_samples is not None:
             picture = self.config.draw_samples(self.run.ema)
             if picture is not None:
@@ -384,7 +379,16 @@ class Outputs:
             path = os.path.join(self.config.run_dir, 'loss.png')
             draw_losses({'loss': self._reporter.stats_path}, path)
 
-    def _save_network(self, path: str) -> None:
+    def save_network(self) -> None:
+        try:
+            misc.check_ddp_consistency(self.run.ema)
+        except AssertionError as err:
+            raise ValueError(
+                f'the networks of the processes have drifted apart ({err}); resume the last state'
+            ) from None
+        if dist.get_rank() != 0:
+            return
+        path = self._path(f'network-snapshot-{{kimg}}.{self.config.snapshot_format}')
         beside = {
             'loss_fn': self.trainer.loss_fn,
             'augment_pipe': self.trainer.augment_pipe,
