@@ -49,15 +49,13 @@ class Stopped(Exception):  # noqa: N818 (no error)
     """A signal has ended the run; the message is its name."""
 
 
-def run(
-    opts: dnnlib.EasyDict,
-    loaded: networks.LoadedNetworks,
-    sampler: partial,
-    device: torch.device,
-    output: Output | None,
-) -> None:
+def run(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler: partial, output: Output | None) -> None:
     """Draw the batches that are not there, and then make of all images what was asked for."""
-    warn_of_repeated_streams(opts.seeds)
+    device = loaded.device
+    for pair in draw.repeated_streams(opts.seeds):
+        dist.print0(
+            f'Warning: seeds are taken modulo 2^32, as in EDM: {pair[0]} and {pair[1]} have the same random numbers'
+        )
     if output is not None:
         output.check(opts.seeds)
     judge = Judge(measure.parse_metrics(opts.metrics), opts.ref, opts.detector, device) if opts.metrics else None
@@ -70,7 +68,7 @@ def run(
     if output is not None:
         kept = [batch for batch in batches if output.finished.issuperset(batch)]
         wanted = set(opts.seeds) if judged is not None else set(first.seeds)
-        for batch in my_share(kept):
+        for batch in dist.my_share(kept):
             if not wanted.isdisjoint(batch):
                 give(batch, output.read(batch), judged, first)
     for seeds, images in draw_missing(opts, loaded.net, todo, sampler, device, output):
@@ -108,37 +106,10 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
     return Output(opts.outdir, settings, note, opts.format, opts.subdirs, opts.overwrite)
 
 
-def warn_of_repeated_streams(seeds: Sequence[int]) -> None:
-    if max(seeds) < draw.STREAMS:
-        return
-    first: dict[int, int] = {}
-    for seed in seeds:
-        other = first.setdefault(seed % draw.STREAMS, seed)
-        if other != seed:
-            dist.print0(
-                f'Warning: seeds are taken modulo 2^32, as EDM does it: {other} and {seed} of --seeds have the same '
-                'random numbers'
-            )
-            return
-
-
-def my_share(batches: Sequence[list[int]]) -> Sequence[list[int]]:
-    """The batches of this process; rank 0 has as many as any."""
-    return batches[dist.get_rank() :: dist.get_world_size()]
-
-
 def give(seeds: Sequence[int], images: np.ndarray, judged: measure.FeatureSet | None, first: FirstImages) -> None:
     first.add(seeds, images)
     if judged is not None:
         judged.add_pixels(seeds, images)
-
-
-@contextlib.contextmanager
-def alone_on_stdout() -> Iterator[TextIO]:
-    """Gives stdout, for programs that read it; what is printed for people inside the `with` block goes to stderr."""
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield stdout
 
 
 def print_verdict(verdict: Verdict, numbers_to: TextIO) -> None:
@@ -161,7 +132,7 @@ def draw_missing(
     Raises:
         Stopped: SIGINT or SIGTERM came; what was drawn before is on disk.
     """
-    mine = my_share(todo)
+    mine = dist.my_share(todo)
     with (
         contextlib.nullcontext() if output is None else contextlib.closing(output),
         Interrupts() as interrupts,
@@ -195,8 +166,8 @@ def report(
         return
     rest = f'; {before} were there already' if before else ''
     dist.print0(f'{drawn} images in {seconds:.1f} s ({drawn / seconds:.2f} images/s) on {device}{rest}')
-    if my_share(todo):
-        dist.print0(loaded.work_done(opts.num_steps, len(my_share(todo))))
+    if dist.my_share(todo):
+        dist.print0(loaded.work_done(opts.num_steps, len(dist.my_share(todo))))
 
 
 def save_pictures(opts: dnnlib.EasyDict, net: Any, first: FirstImages, sampler: partial, device: torch.device) -> None:
@@ -325,11 +296,11 @@ def main(**kwargs):
     except ValueError as err:
         raise click.ClickException(str(err)) from None
     try:
-        with alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
+        with dnnlib.util.alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
             loaded = networks.LoadedNetworks(opts, device)
             opts.vectors = None if opts.labels is None else networks.read_vectors(opts.labels, loaded.net.label_dim)
             with open_output(opts, loaded, sampler) or contextlib.nullcontext() as output:
-                run(opts, loaded, sampler, device, output)
+                run(opts, loaded, sampler, output)
     except Stopped as stop:
         if dist.get_rank() == 0:
             click.echo(stopped_line(opts, str(stop)), err=True)

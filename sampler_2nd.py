@@ -32,7 +32,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,28 +40,27 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ['SCHEMES', 'BrownianPath', 'CountCalls', 'Guided', 'Scheme', 'ito_taylor_sampler']
 
-P = ParamSpec('P')
+F = TypeVar('F', bound=Callable)
 
 # ----------------------------------------------------------------------------
 # The loop.
 
 
-def explain_extremes(sampler: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
-    """Turn what float64 cannot compute of extreme settings (1e200², 1/0) into a ValueError; not a network's errors."""
+def explain_extremes(sampler: F) -> F:
+    """Make a ValueError of what float64 cannot compute of extreme settings, 1e200² say; not of a network's errors."""
 
     @functools.wraps(sampler)
-    def explained(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+    def explained(*args, **kwargs):
         try:
             return sampler(*args, **kwargs)
         except (ArithmeticError, torch.linalg.LinAlgError) as err:
             if any(frame.f_code is Denoiser._call.__code__ for frame, _ in traceback.walk_tb(err.__traceback__)):
                 raise
             raise ValueError(
-                f'these settings lead out of the range of float64 ({err.args[-1]}): sigma_min, sigma_max or '
-                'the strength of the noise is too extreme'
+                f'rho, sigma_min, sigma_max or the noise is too extreme for float64: {err.args[-1]}'
             ) from err
 
-    return explained
+    return cast(F, explained)
 
 
 @explain_extremes
@@ -110,8 +109,7 @@ def ito_taylor_sampler(
         Images, of the shape of `latents`, in `dtype`.
 
     Raises:
-        ValueError: an argument is out of its range, or leads out of that of float64, or the network returns no image of
-            the shape of its input.
+        ValueError: an argument is out of its range or float64's, or the network returns no image of its input's shape.
         NotFiniteError: an image is not finite after a step.
     """
     chosen = choose_scheme(scheme, eta)
@@ -183,8 +181,8 @@ def first_state(latents, sigma, init=None):
     if init is None:
         return latents * sigma
     if init.shape != latents.shape or not init.is_floating_point():
-        given = f'{init.dtype} {list(init.shape)}'
-        raise ValueError(f'init is {given}; it has to be floating point in [−1, 1], {list(latents.shape)} as latents')
+        wanted = f'floating point in [−1, 1], {list(latents.shape)} as latents'
+        raise ValueError(f'init is {init.dtype} {list(init.shape)}; it has to be {wanted}')
     return latents * sigma + init.to(latents)
 
 
@@ -194,10 +192,7 @@ def state_dtype(device: torch.device) -> torch.dtype:
 
 
 def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
-    """EDM's time steps σ_0 > … > σ_{N−1}, within the range of `net` and rounded to what it knows, then 0.
-
-    One step starts at σ_max. Karras et al. 2022, equation 5.
-    """
+    """EDM's time steps (Karras et al. 2022, equation 5) in the range of `net`, rounded to what it knows, then 0."""
     sigma_min = max(sigma_min, float(property_of(net, 'sigma_min', 0)))
     sigma_max = min(sigma_max, float(property_of(net, 'sigma_max', math.inf)))
     if num_steps < 1:
@@ -207,10 +202,7 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f'noise levels from sigma_max={sigma_max} down to sigma_min={sigma_min} are not a range')
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    try:
-        top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    except (OverflowError, ZeroDivisionError):
-        raise ValueError(f'rho={rho} is too small') from None
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (top + ramp * (bottom - top)) ** rho
     if num_steps > 1:
         sigmas[-1] = sigma_min  # which small rho would lose by rounding
@@ -331,31 +323,18 @@ def guess_D(x, sigma):
     return x / (1 + sigma**2)
 
 
-# | scheme | noise per step | network work per step   | strong / weak order |
-# |--------|----------------|-------------------------|---------------------|
-# | euler  | 1 normal       | 1 evaluation            | 1 / 1               |
-# | taylor | 2 normals      | 1 evaluation with 1 JVP | 1.5 / 2             |
-# | rk     | 2 normals      | 1 evaluation            | 1.5 / 2             |
-
-
 class Scheme(NamedTuple):
-    """All that the loop asks of a scheme.
+    """All that the loop asks of a scheme."""
 
-    Attributes:
-        step: the function of the step, called as `step(denoise, x, past, sigma, sigma_next, kappa, noise)`.
-        time_integral: whether its Z is the plain time integral of `noise_moments`; a `BrownianPath` gives it that.
-        eta_below: the step is defined for 0 ≤ eta < eta_below.
-    """
-
-    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    time_integral: bool = False
-    eta_below: float = math.inf
+    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # called as `euler_step` is
+    time_integral: bool = False  # its Z is the plain time integral of `noise_moments`; a `BrownianPath` gives it that
+    eta_below: float = math.inf  # it is defined for 0 ≤ eta < eta_below
 
 
-SCHEMES = {
-    'euler': Scheme(euler_step),
-    'taylor': Scheme(taylor_step),
-    'rk': Scheme(rk_step, time_integral=True, eta_below=math.sqrt(3)),
+SCHEMES = {  # and their strong / weak orders
+    'euler': Scheme(euler_step),  # 1 / 1
+    'taylor': Scheme(taylor_step),  # 1.5 / 2
+    'rk': Scheme(rk_step, time_integral=True, eta_below=math.sqrt(3)),  # 1.5 / 2
 }
 
 # ----------------------------------------------------------------------------
@@ -623,14 +602,12 @@ class Denoiser:
         return torch.as_tensor(value, dtype=self._dtype or reference.dtype, device=reference.device)
 
 
+CUT = 'it is cut by'
+CUTS = {torch.Tensor.detach: 'detach', torch.detach: 'detach', torch.Tensor.data.__get__: 'data'}  # type: ignore[attr-defined]
 # What PyTorch says in forward mode of: an operation without a rule; an autograd.Function without `jvp` or without
 # `setup_context`; a kernel from outside PyTorch, which asks for the memory of a tensor that stands for two; group
 # norm, of an input that is not contiguous (channels_last, or after attention).
-CUT = 'it is cut by'
-CUTS = {torch.Tensor.detach: 'detach', torch.detach: 'detach', torch.Tensor.data.__get__: 'data'}  # type: ignore[attr-defined]
 NO_FORWARD_MODE = f'forward (mode )?AD|functorch|(have|access) storage|view size is not compatible|{CUT}'
-
-
 OTHER_DTYPE = 'same dtype|scalar type|should be the same'  # of a float32 network in a function that gets float64
 
 
@@ -717,8 +694,7 @@ class Guided(Wrapper):
     A guided D is no posterior mean, so the orders of `taylor` and `rk` do not hold (docs/method.md, "Guidance").
 
     Args:
-        net: a network as for `ito_taylor_sampler`.
-        gnet: another, for the same images. Called without labels if its `label_dim` is 0.
+        net, gnet: networks as for `ito_taylor_sampler`; `gnet` is called without labels if its `label_dim` is 0.
         guidance: any number; 0 is `gnet`, 1 is `net` (then `gnet` is not called).
 
     Raises:
@@ -739,7 +715,6 @@ class Guided(Wrapper):
             return D
         dtype = network_dtype(self.gnet) or x.dtype
         labels = None if property_of(self.gnet, 'label_dim') == 0 else class_labels
-        D_gnet = self.gnet(x.to(dtype), torch.as_tensor(sigma, dtype=dtype, device=x.device), labels, **kwargs).to(
-            D.dtype
-        )
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
+        D_gnet = self.gnet(x.to(dtype), sigma, labels, **kwargs).to(D.dtype)
         return D_gnet + self.guidance * (D - D_gnet)

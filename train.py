@@ -185,7 +185,7 @@ def draw_samples(
     `vectors`: the labels of the seeds, in turns, where the data set has no classes to draw.
     """
     batches = split_seeds(range(num), max_batch)
-    mine = batches[dist.get_rank() :: dist.get_world_size()]
+    mine = dist.my_share(batches)
     groups = []
     for name in samplers:
         sampler = choose.make(name, num_steps=choose.samplers()[name].num_steps)

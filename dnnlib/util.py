@@ -179,6 +179,14 @@ def one_line(message: object, width: int = 500) -> str:
     return printable(textwrap.shorten(str(message)[: 8 * width], width))
 
 
+@contextlib.contextmanager
+def alone_on_stdout() -> Iterator[TextIO]:
+    """Gives stdout, for programs that read it; what is printed for people inside the `with` block goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+
+
 # ----------------------------------------------------------------------------
 # Objects by name.
 

@@ -42,6 +42,16 @@ class StackedRandomGenerator:
         return torch.stack([draw(size[1:], generator=g, device=g.device, **kwargs) for g in self._generators])
 
 
+def repeated_streams(seeds: Sequence[int]) -> list[tuple[int, int]]:
+    """Two different seeds with the same random numbers, if there are any: they are taken modulo `STREAMS`."""
+    first: dict[int, int] = {}
+    for seed in seeds if max(seeds) >= STREAMS else ():
+        other = first.setdefault(seed % STREAMS, seed)
+        if other != seed:
+            return [(other, seed)]
+    return []
+
+
 def split_seeds(seeds: Sequence[int], max_batch_size: int) -> list[list[int]]:
     """The fewest batches of at most `max_batch_size`, nearly equal, in order: the same for any number of processes."""
     num_batches = max(math.ceil(len(seeds) / max_batch_size), 1)
@@ -97,7 +107,7 @@ def draw_start(
 def classes_of(
     net: Any, batches: Sequence[Sequence[int]], device: torch.device, class_idx: int | Sequence[int] | None
 ) -> list[int] | None:
-    """The class of each seed, drawn as `generate_images` draws it; None without a network, or for one without classes."""
+    """The class of each seed, drawn as `generate_images` draws it; None without a network or its classes."""
     if net is None or not net.label_dim:
         return None
     starts = (draw_start(net, StackedRandomGenerator(device, seeds), seeds, class_idx) for seeds in batches)

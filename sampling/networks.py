@@ -121,6 +121,7 @@ class LoadedNetworks:
     """
 
     def __init__(self, opts: dnnlib.EasyDict, device: torch.device):
+        self.device = device
         self.settings: dict[str, Any] = {'network': None, 'gnet': None, 'guidance': opts.guidance}
         self.settings |= {'trust-pickle': opts.trust_pickle, 'compile': opts.compile_net, 'device': device.type}
         self._guide: sampler_2nd.CountCalls | None = None

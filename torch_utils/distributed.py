@@ -13,7 +13,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -110,6 +110,11 @@ def on_rank0(work: Callable[[], T]) -> T:
     if failed:
         raise SystemExit(1)
     return cast(T, result)
+
+
+def my_share(batches: Sequence[T]) -> Sequence[T]:
+    """The batches of this process, every world-size-th; rank 0 has as many as any."""
+    return batches[get_rank() :: get_world_size()]
 
 
 def all_gather_object(value: Any) -> list[Any]:
