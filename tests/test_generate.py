@@ -586,7 +586,7 @@ def test_a_foreign_layer_without_a_forward_mode_is_named(network_files, digits, 
     net.model.enc['4x4_block0'].norm2 = ForeignLayer()
     monkeypatch.setattr('sampling.networks.open_network', lambda *args: net)
     args = (f'--outdir={tmp_path}', '--seeds=0', '--steps=3', '--randn_like=ddb')
-    assert_refused(run(*args), tmp_path, 'model.enc.4x4_block0.norm2', 'ForeignLayer', '--scheme=rk')
+    assert_refused(run(*args), tmp_path, 'model.enc.4x4_block0.norm2', 'ForeignLayer', '--sampler=rk')
     run_ok(*args, '--scheme=rk')
 
 
