@@ -107,11 +107,7 @@ def draw_start(
 def classes_of(
     net: Any, batches: Sequence[Sequence[int]], device: torch.device, class_idx: int | Sequence[int] | None
 ) -> list[int] | None:
-<<<<<<< HEAD
     """The class of each seed, drawn as `generate_images` draws it; None without a network or its classes."""
-=======
-    """The class of each seed, drawn as `generate_images` draws it; None without a network or classes."""
->>>>>>> runs
     if net is None or not net.label_dim:
         return None
     starts = (draw_start(net, StackedRandomGenerator(device, seeds), seeds, class_idx) for seeds in batches)
