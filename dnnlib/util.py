@@ -66,7 +66,7 @@ def explain_failed_write(path: str | os.PathLike) -> Iterator[None]:
     """Around what writes to `path`: an OSError becomes a FailedWriteError."""
     try:
         yield
-    except (FailedWriteError, FileExistsError):
+    except FailedWriteError:
         raise
     except OSError as err:
         reason = one_line(err.strerror or err, 200)
@@ -105,8 +105,8 @@ def atomic_write(path: str | os.PathLike, replace: bool = True) -> Iterator[Bina
             with explain_failed_write(target):
                 file.flush()
                 os.fsync(file.fileno())
-        with explain_failed_write(target):
-            if replace or not _link(temp_path, target):
+        if replace or not _link(temp_path, target):
+            with explain_failed_write(target):
                 os.replace(temp_path, target)
     except RuntimeError as err:  # PyTorch's, on top of what the file has raised
         if isinstance(err.__context__, FailedWriteError):

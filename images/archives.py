@@ -7,7 +7,9 @@ nothing, and the file is the same as without the kill.
 import abc
 import functools
 import json
+import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -122,24 +124,35 @@ class NpzArchive(Archive):
     """`arr_0`: images, uint8 [N, H, W, C]; `labels`: classes, int64 [N], if there are any; `seeds`: int64 [N]."""
 
     def _read_seeds(self) -> list[int]:
-        with open(self.path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
-            return archive['seeds'].tolist()
+        with zipfile.ZipFile(self.path) as archive:
+            (count,), start = npy_header(archive, 'seeds.npy', '<i8', rank=1)
+            numbers = archive.read('seeds.npy')[start:]
+        seeds = np.frombuffer(numbers, dtype='<i8').tolist()
+        if count != len(self._array) or min(seeds, default=0) < 0:
+            raise ValueError(f'{count} seeds for {len(self._array)} images')
+        return seeds
 
     def _read_row(self, row: int) -> np.ndarray:
         return np.array(self._array[row])
 
     @functools.cached_property
     def _array(self) -> np.ndarray:
-        """`arr_0` as it lies in the file, which numpy.load would read whole."""
-        with zipfile.ZipFile(self.path) as archive, archive.open('arr_0.npy') as entry:
-            np.lib.format.read_magic(entry)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
-            start = archive.getinfo('arr_0.npy').header_offset
-            header = entry.tell()
+        """`arr_0`, mapped as it lies in the file, or in memory if another program has compressed the file."""
+        with zipfile.ZipFile(self.path) as archive:
+            shape, start = npy_header(archive, 'arr_0.npy', '|u1', rank=4)
+            entry = archive.getinfo('arr_0.npy')
+            if entry.compress_type != zipfile.ZIP_STORED:
+                return np.frombuffer(archive.read(entry), dtype=np.uint8, offset=start).reshape(shape)
         with open(self.path, 'rb') as file:
-            file.seek(start + 26)  # a local header has 30 bytes, then name and extra field, whose lengths are here
-            name, extra = struct.unpack('<HH', file.read(4))
-        return np.memmap(self.path, dtype, 'r', start + 30 + name + extra + header, shape)
+            file.seek(entry.header_offset)
+            local = file.read(30)  # of these the last four are the lengths of name and extra field, which follow
+            name, extra = struct.unpack('<HH', local[26:])
+            if local[:4] != b'PK\3\4' or file.read(name) != b'arr_0.npy':
+                raise ValueError('its directory does not say where arr_0.npy is')
+        data = entry.header_offset + 30 + name + extra
+        if data + entry.file_size > os.path.getsize(self.path):
+            raise ValueError('arr_0.npy ends beyond the file')
+        return np.memmap(self.path, np.uint8, 'r', data + start, shape)
 
     def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None:
         shape = (len(seeds), *self.read(seeds[0]).shape)
@@ -153,3 +166,31 @@ class NpzArchive(Archive):
                 if numbers is not None:
                     with archive.open(dnnlib.util.zip_entry(f'{name}.npy'), 'w', force_zip64=True) as entry:
                         np.lib.format.write_array(entry, np.array(numbers, dtype=np.int64))
+
+
+def npy_header(archive: zipfile.ZipFile, name: str, descr: str, rank: int) -> tuple[tuple[int, ...], int]:
+    """The shape of an array in an .npz, and where in its entry the numbers begin.
+
+    Nothing but what generate.py writes is accepted: what is mapped into memory must not pass for anything else, such as
+    pointers to objects.
+
+    Raises:
+        ValueError: another type of numbers, rank, order or size.
+    """
+    entry = archive.getinfo(name)
+    if entry.flag_bits & 1:
+        raise ValueError(f'{name} is encrypted')
+    with archive.open(entry) as file:
+        start = file.read(10)
+        length = int.from_bytes(start[8:10], 'little')
+        if start[:8] != b'\x93NUMPY\1\0' or length > 1000:
+            raise ValueError(f'{name} is no array of version 1.0')
+        text = file.read(length).decode('ascii')
+    number = re.fullmatch(r"\{'descr': '(.{1,5})', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \}\s*", text)
+    if number is None or number[1] != descr:
+        raise ValueError(f'{name} does not hold rows of {descr}')
+    shape = tuple(int(size) for size in number[2].split(',') if size.strip())
+    numbers = math.prod(shape) * np.dtype(descr).itemsize
+    if len(shape) != rank or (rank == 4 and shape[3] not in (1, 3)) or 10 + length + numbers != entry.file_size:
+        raise ValueError(f'{name} has the shape {shape} and {entry.file_size} bytes')
+    return shape, 10 + length

@@ -5,9 +5,6 @@ import functools
 import io
 import os
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,6 +13,7 @@ import PIL.Image
 
 import dnnlib
 from images import pictures
+from images.tree import DAMAGED
 
 WRITERS = 4  # threads that encode and write PNG files; docs/generation.md has what they save
 
@@ -143,7 +141,7 @@ def damaged(path: str | os.PathLike) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, SyntaxError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as err:
+    except (*DAMAGED, KeyError) as err:
         raise OSError(
             f'{path} is damaged ({dnnlib.util.one_line(err, 200)}); delete it, and the same command makes it again'
         ) from err

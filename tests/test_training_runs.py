@@ -574,3 +574,42 @@ def test_tensorboard(data, tmp_path):
     assert events.Scalars('Progress/lr')[-1].value == pytest.approx(1e-3 * 992 / 10_000)
     assert events.Scalars('Progress/grad_norm')[0].value > 0
     assert len(events.Images('samples')) == 2
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda moments: moments.update(exp_avg=torch.zeros(1)), 'the moments of parameter 0 are'),
+        (lambda moments: moments.update(exp_avg=torch.zeros(0)), 'the moments of parameter 0 are'),
+        (lambda moments: moments.update(exp_avg_sq=moments['exp_avg_sq'].flatten()[:-1]), 'the moments of parameter 0'),
+        (lambda moments: moments.update(exp_avg=moments['exp_avg'].to(torch.int64)), 'not in floating point'),
+        (lambda moments: moments.pop('exp_avg_sq'), 'the moments of parameter 0 are'),
+        (lambda moments: moments.update(more=torch.zeros(3)), 'the moments of parameter 0 are'),
+        (lambda moments: moments.update(step=torch.zeros(4)), 'the moments of parameter 0 are'),
+    ],
+)
+def test_moments_of_another_shape_or_kind_are_refused(data, copied, change, words):
+    """Adam's kernels write as far as they are told to."""
+    path = copied / 'training-state-000002.pt'
+    content = torch.load(path, weights_only=True)
+    change(content['optimizer']['state'][0])
+    torch.save(content, path)
+    run = train_here(data, copied, '--duration=0.003', f'--resume={path}')
+    assert run.exit_code == 1
+    assert words in run.output.splitlines()[-1]
+    assert 'does not fit this run' in run.output
+
+
+def test_hyperparameters_of_a_state_are_not_taken(data, copied):
+    path = copied / 'training-state-000002.pt'
+    content = torch.load(path, weights_only=True)
+    content['optimizer']['param_groups'][0] |= {
+        'betas': (float('nan'), 2.0),
+        'eps': -1.0,
+        'lr': 1e30,
+        'weight_decay': 9,
+    }
+    torch.save(content, path)
+    assert train_here(data, copied, '--duration=0.003', f'--resume={path}', '--dump=1').exit_code == 0
+    group = torch.load(copied / 'training-state-000003.pt', weights_only=True)['optimizer']['param_groups'][0]
+    assert (group['betas'], group['eps'], group['weight_decay']) == ((0.9, 0.999), 1e-8, 0)

@@ -99,6 +99,7 @@ class Run:
             ) from err
 
     def _take(self, content: dict[str, Any]) -> None:
+        self._check_moments(content['optimizer'])
         self.net.load_state_dict(content['net'])
         self.ema.load_state_dict(content['ema'])
         self._take_optimizer(content['optimizer'])
@@ -117,16 +118,35 @@ class Run:
             raise ValueError(
                 "EDM's state holds no EMA; network-snapshot-KIMG.pkl of the same kimg has to lie beside it"
             )
+        self._check_moments(content['optimizer_state'])
         self.transfer(snapshot, trust_pickle)
         misc.copy_params_and_buffers(content['net'], self.net, require_all=True)
         self._take_optimizer(content['optimizer_state'])
         self.cur_nimg = self.tick_start_nimg = state_kimg(path) * 1000
 
+    def _check_moments(self, state: dict[str, Any]) -> None:
+        """Whether a state of Adam is one of this run's: its kernels trust what they are given, and write beyond it.
+
+        Raises:
+            ValueError: numbers for other parameters, or of another shape or kind than theirs.
+        """
+        params = [param for group in self.optimizer.param_groups for param in group['params']]
+        if state['state'] and set(state['state']) != set(range(len(params))):
+            raise ValueError(
+                f'the optimizer has moments of {len(state["state"])} parameters, and the network {len(params)}'
+            )
+        for index, moments in state['state'].items():
+            expected = dict.fromkeys(('exp_avg', 'exp_avg_sq'), params[index].shape) | {'step': torch.Size([])}
+            found = {name: value.shape for name, value in moments.items() if torch.is_tensor(value)}
+            if found != expected:
+                raise ValueError(f'the moments of parameter {index} are {found}, not {expected}')
+            if not all(value.is_floating_point() for value in moments.values()):
+                raise ValueError(f'the moments of parameter {index} are not in floating point')
+
     def _take_optimizer(self, state: dict[str, Any]) -> None:
-        """How Adam computes is up to this run, not to the one that wrote the state."""
-        for group, own in zip(state['param_groups'], self.optimizer.param_groups, strict=True):
-            group.update({name: own[name] for name in ('foreach', 'fused') if name in own})
-        self.optimizer.load_state_dict(state)
+        """The moments of a state; the parameters and how Adam computes are up to this run, not to the file."""
+        groups = self.optimizer.state_dict()['param_groups']
+        self.optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
         for param, moments in self.optimizer.state.items():
             for name, moment in moments.items():
                 if moment.shape == param.shape:  # one kernel goes through both, so their elements need the same order
