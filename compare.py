@@ -17,6 +17,7 @@ import dnnlib
 from comparison import command, report
 from comparison.cells import Cell
 from comparison.run import Comparison, content_hash
+from dnnlib.options import user_path
 from images.image_files import ImageFiles, holds_images
 from images.tree import FileTree
 from metrics import measure
@@ -43,11 +44,19 @@ python compare.py --network=my.pkl --ref=fid-refs/my-dataset.npz --num=5000 \\
 
 @click.command(help=HELP, context_settings={'show_default': True, 'max_content_width': 120})
 @click.option(
-    '--ref', help='Reference statistics or real images, as for fid.py', metavar='NPZ|URL|DIR|ZIP', required=True
+    '--ref',
+    help='Reference statistics or real images, as for fid.py',
+    metavar='NPZ|URL|DIR|ZIP',
+    type=user_path,
+    required=True,
 )
 @click.option('--metrics', help=f'Some of {",".join(measure.METRICS)}', metavar='LIST', default='fid')
-@click.option('--detector', help='Features, as for fid.py', metavar='NAME', show_default='that of --ref')
-@click.option('--outdir', help='Where results, pictures and the report go', metavar='DIR', default='out/compare')
+@click.option(
+    '--detector', help='Features, as for fid.py', metavar='NAME', type=user_path, show_default='that of --ref'
+)
+@click.option(
+    '--outdir', help='Where results, pictures and the report go', metavar='DIR', type=user_path, default='out/compare'
+)
 @command.comparison_options
 @click.pass_context
 def main(context, **kwargs):

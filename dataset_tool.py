@@ -13,7 +13,7 @@ import click
 import tqdm
 
 import dnnlib
-from dnnlib.options import Resolution
+from dnnlib.options import Resolution, user_path
 from images.convert import (
     TRANSFORMS,
     Converted,
@@ -261,10 +261,11 @@ Examples:
 
 
 @click.command(help=HELP, context_settings={'max_content_width': 120})
-@click.option('--source', metavar='SOURCE', help='Where the raw images are (see above)')
+@click.option('--source', metavar='SOURCE', type=user_path, help='Where the raw images are (see above)')
 @click.option(
     '--dest',
     metavar='FOLDER|ZIP',
+    type=user_path,
     help='Dataset to write; a folder must be new or empty; a zip is replaced once the new one is complete',
 )
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Read so many images  [default: all]')
@@ -295,6 +296,7 @@ Examples:
     '--validate',
     'validate_path',
     metavar='ZIP|FOLDER',
+    type=user_path,
     help='Read a whole dataset and report; takes no other option but --workers',
 )
 def main(source: str | None, dest: str | None, workers: int | None, validate_path: str | None, **options: Any) -> None:

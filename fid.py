@@ -12,6 +12,7 @@ import torch
 
 import dnnlib
 from dnnlib import settings
+from dnnlib.options import user_path
 from images.image_files import ImageFiles, content_state, holds_images
 from metrics import measure
 from metrics.detectors import Detector, load_detector
@@ -82,6 +83,7 @@ detector_option = click.option(
     '--detector',
     help=f'{INCEPTION} (FID), efficientnet-lite0 (offline), pixels, module:function, or Inception weights as a file',
     metavar='NAME|PATH|URL',
+    type=user_path,
     show_default=f'that of --ref, else {INCEPTION}',
 )
 device_option = click.option('--device', help='cuda, mps or cpu', metavar='NAME', show_default='the first there is')
@@ -126,11 +128,16 @@ def main() -> None:
     '--images',
     help='Images to measure; more than once: all of them',
     metavar='DIR|ZIP|NPZ',
+    type=user_path,
     required=True,
     multiple=True,
 )
 @click.option(
-    '--ref', help='Reference statistics, or the real images themselves', metavar='NPZ|URL|DIR|ZIP', required=True
+    '--ref',
+    help='Reference statistics, or the real images themselves',
+    metavar='NPZ|URL|DIR|ZIP',
+    type=user_path,
+    required=True,
 )
 @click.option('--num', help='Number of images to use', metavar='INT', type=click.IntRange(min=2), default=50000)
 @click.option('--seed', help='Which of them, where there are more', metavar='INT', type=int, default=0)
@@ -142,7 +149,9 @@ def main() -> None:
     default=1,
 )
 @click.option('--metrics', help=f'Some of {",".join(measure.METRICS)}', metavar='LIST', default='fid')
-@click.option('--features', help='Keep the features of the images here, or use those kept', metavar='NPZ')
+@click.option(
+    '--features', help='Keep the features of the images here, or use those kept', metavar='NPZ', type=user_path
+)
 @click.option('--json', 'as_json', help='Print a record instead of the number', is_flag=True)
 @click.option('--force', help='Compare with statistics of another detector or resize', is_flag=True)
 @batch_option
@@ -205,8 +214,8 @@ def keep_features(path: str, note: dict[str, Any], features: FeatureSet) -> None
 
 
 @main.command()
-@click.option('--data', help='Real images', metavar='DIR|ZIP', required=True)
-@click.option('--dest', help='File to write', metavar='NPZ', required=True)
+@click.option('--data', help='Real images', metavar='DIR|ZIP', type=user_path, required=True)
+@click.option('--dest', help='File to write', metavar='NPZ', type=user_path, required=True)
 @click.option('--with-features', help='Store the features too, for all metrics but fid', is_flag=True)
 @batch_option
 @detector_option

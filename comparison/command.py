@@ -13,7 +13,7 @@ import dnnlib
 from comparison import peers, report
 from comparison.cells import Cell, affordable_steps, count_work, ours
 from comparison.run import Comparison
-from dnnlib.options import ListOf, at_least_one, non_negative, positive
+from dnnlib.options import ListOf, at_least_one, non_negative, positive, user_path
 from sampling import networks
 
 BUDGETS = [8, 16, 32]
@@ -37,7 +37,7 @@ class SamplerName(click.ParamType):
 # ruff: noqa: E501 – options stand in a table, one per line
 # fmt: off
 OPTIONS = [
-    click.option('--network', help='Network file, as for generate.py', metavar='NAME|PATH|URL', default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network'),
+    click.option('--network', help='Network file, as for generate.py', metavar='NAME|PATH|URL', type=user_path, default=str(networks.SHIPPED_NETWORK), show_default='the shipped MNIST network'),
     click.option('--samplers', help=f'Some of {", ".join([*ours(), *peers.PEERS])}', metavar='LIST', type=ListOf(SamplerName()), default='heun,taylor,rk'),
     click.option('--evaluations', help='Budgets: each sampler makes the steps that they pay for; a JVP costs one more', metavar='LIST', type=ListOf(click.IntRange(min=2)), show_default=','.join(map(str, BUDGETS))),
     click.option('--steps', help='The same steps for all instead, whatever they cost', metavar='LIST', type=ListOf(at_least_one)),

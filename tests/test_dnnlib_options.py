@@ -7,6 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
+import compare
+import dataset_tool
+import fid
 import generate
 import train
 from dnnlib import options
@@ -98,7 +101,13 @@ def test_a_device_is_no_path():
         options.user_path.convert('/dev/null', None, None)
 
 
-@pytest.mark.parametrize('command', [generate.main, train.main], ids=['generate', 'train'])
+COMMANDS = {
+    **{'generate': generate.main, 'train': train.main, 'dataset_tool': dataset_tool.main, 'compare': compare.main},
+    **{f'fid {name}': command for name, command in fid.main.commands.items()},
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS.values(), ids=COMMANDS)
 def test_every_option_that_names_a_file_takes_a_path_of_the_user(command):
     naming = [each for each in command.params if re.search('PATH|DIR|ZIP|NPZ|PNG|URL|PT', each.metavar or '')]
     assert naming
