@@ -316,10 +316,7 @@ def predict_D(past, sigma, kappa):
 
 
 def guess_D(x, sigma):
-    """D of standard normal data, for a first step, which has no past: not evaluated, as it need not be good.
-
-    It is multiplied by h² J_D, in one step only, which costs no order. And J_D is small where sampling starts.
-    """
+    """D of standard normal data, for a first step, which has no past: multiplied by h² J_D, it need not be good."""
     return x / (1 + sigma**2)
 
 
@@ -555,17 +552,15 @@ class Denoiser:
         """(D, J_D dx + ∂D/∂σ dsigma), by one forward-mode evaluation.
 
         Of PyTorch's attention kernels only the plain one has a forward mode, so that one is used. In inference mode
-        there is none at all, so it is left, with copies of what was made in it.
-
-        Raises:
-            ValueError: a layer of the network has no forward mode, or cuts the derivative.
+        there is none at all, so it is left, with copies of what was made in it. Raises ValueError where a layer of the
+        network has no forward mode, or cuts the derivative.
         """
         leave = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with leave, torch.no_grad():
             at, along = [self._cast(x), self._cast(sigma, x)], [self._cast(dx), self._cast(dsigma, x)]
             at, along = ([value.clone() if value.is_inference() else value for value in each] for each in (at, along))
             try:
-                with sdpa_kernel(SDPBackend.MATH), UncutDerivative():
+                with sdpa_kernel(SDPBackend.MATH), UncutDerivative(len(x)):
                     if dsigma == 0:  # a network need not be differentiable in σ
                         D, dD = torch.func.jvp(lambda v: self._call(v, at[1]), (at[0],), (along[0],))[:2]
                     else:
@@ -612,18 +607,23 @@ OTHER_DTYPE = 'same dtype|scalar type|should be the same'  # of a float32 networ
 
 
 class UncutDerivative(TorchFunctionMode):
-    """Inside the `with` block, what would take the tangent of a tensor away without a word raises a RuntimeError."""
+    """Raises RuntimeError for what would take the tangent of images, not of a number for each, away without a word."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         way = 'inference mode' if torch.is_inference_mode_enabled() else CUTS.get(func)
-        if way and any(map(has_tangent, [*args, *(kwargs or {}).values()])):
+        given = [each for each in (*args, *(kwargs or {}).values()) if torch.is_tensor(each)]
+        if way and any(each.numel() > self.batch and has_tangent(each) for each in given):
             raise RuntimeError(f'{CUT} {way}')
         return func(*args, **(kwargs or {}))
 
 
 def has_tangent(value):
     with torch.inference_mode(False):
-        return torch.is_tensor(value) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+        return torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
 def failed_layer(err):
@@ -677,7 +677,7 @@ class CountCalls(Wrapper):
 
     def forward(self, x, *args, **kwargs):
         self.calls += 1
-        self.jvp_calls += torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+        self.jvp_calls += has_tangent(x)
         return self.net(x, *args, **kwargs)
 
 

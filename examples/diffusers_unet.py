@@ -12,11 +12,7 @@ from sampler_2nd import CountCalls, ito_taylor_sampler
 
 
 class EpsilonDenoiser(torch.nn.Module):
-    """D(x; σ) of an ε-prediction network and its scheduler. Between timesteps, t is linear in ln σ.
-
-    Raises:
-        ValueError: the scheduler says that the network predicts something else.
-    """
+    """D(x; σ) of an ε-prediction network and its scheduler. Between timesteps, t is linear in ln σ."""
 
     def __init__(self, unet, scheduler):
         super().__init__()

@@ -66,9 +66,11 @@ def contiguous_norms(module):
     """The remedy of docs/in-your-code.md for PyTorch's group norm, which has no forward mode after attention."""
     norms = [each for each in module.modules() if isinstance(each, torch.nn.GroupNorm)]
     hooks = [each.register_forward_pre_hook(lambda _, args: args[0].contiguous()) for each in norms]
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # Its schedulers make arrays of tensors in a way that NumPy wants to end.

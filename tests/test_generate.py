@@ -392,14 +392,14 @@ def test_bad_input(network_files, tmp_path, args, words):
 @pytest.mark.parametrize(
     ('args', 'words'),
     [
-        (['--rho=1e-3'], ['rho=0.001 is too small']),
+        (['--rho=1e-3'], ['too extreme for float64']),
         (['--sigma_max=1e39'], ['seed 0', 'not finite after step 1 of 4']),
-        (['--sigma_max=1e200'], ['out of the range of float64']),
+        (['--sigma_max=1e200'], ['too extreme for float64']),
         (['--sigma_min=1e-320'], ['seed 0', 'not finite']),
-        (['--sampler=rk', '--noise=path', '--sigma_min=1e-320'], ['out of the range of float64']),
+        (['--sampler=rk', '--noise=path', '--sigma_min=1e-320'], ['too extreme for float64']),
         (['--sampler=rk', '--S_noise=1e39'], ['seed 0', 'not finite after step 1 of 4']),
         (['--sampler=taylor', '--eta=30'], ['seed 0', 'not finite after step 1 of 4']),
-        (['--disc=vp', '--sigma_min=1e-200'], ['out of the range of float64']),
+        (['--disc=vp', '--sigma_min=1e-200'], ['too extreme for float64']),
     ],
 )
 def test_extreme_settings_are_one_line_and_leave_no_image(network_files, tmp_path, args, words):

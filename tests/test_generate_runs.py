@@ -312,7 +312,7 @@ def test_a_damaged_file_is_named(sample, refused, tmp_path, image_format):
 def test_seeds_that_repeat_a_stream_are_said_once(sample, tmp_path):
     printed = sample('out', seeds=f'--seeds=5,{2**32 + 5},{2**32 + 6},6')
     [line] = [line for line in printed.splitlines() if line.startswith('Warning: ')]
-    assert line.endswith('modulo 2^32, as EDM does it: 5 and 4294967301 of --seeds have the same random numbers')
+    assert line.endswith('modulo 2^32, as in EDM: 5 and 4294967301 have the same random numbers')
     assert (image(tmp_path / 'out' / '000005.png') == image(tmp_path / 'out' / '4294967301.png')).all()
     assert 'Warning' not in sample('other', seeds=f'--seeds=5,{2**32 + 6}')
 

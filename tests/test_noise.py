@@ -140,4 +140,4 @@ def test_generate_offers_the_path(tmp_path):
     assert np.abs(same - first).mean() < 0.6 * np.abs(fresh - first).mean()
     refused = click.testing.CliRunner().invoke(generate.main, [f'--outdir={tmp_path / "e"}', '--noise=path'])
     assert refused.exit_code == 2
-    assert 'belongs to --randn_like=ddb' in refused.output
+    assert 'is for the SDE samplers, such as --sampler=rk' in refused.output

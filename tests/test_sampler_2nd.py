@@ -436,7 +436,7 @@ def test_callback_sees_every_step():
         ({'S_min': 2, 'S_max': 1}, 'S_min=2 is above S_max=1'),
         ({'eta': -1}, 'needs an eta from 0 to below inf, and this is -1'),
         ({'rho': 0}, 'rho=0'),
-        ({'rho': 0.001}, 'too small'),
+        ({'rho': 0.001}, 'too extreme for float64'),
         ({'sigma_min': 90}, 'sigma_max=80'),
         ({'scheme': 'rk', 'eta': 1.8}, 'below 1.732, and this is 1.8'),
     ],
@@ -601,6 +601,20 @@ def test_a_network_that_cuts_the_derivative_is_refused(way, share):
     with pytest.raises(ValueError, match=f'layer inner of the network, .*cut by {way}.*--sampler=rk'):
         ito_taylor_sampler(net, torch.randn(2, 3), num_steps=3)
     assert torch.isfinite(ito_taylor_sampler(net, torch.randn(2, 3), num_steps=3, scheme='rk')).all()
+
+
+@pytest.mark.parametrize('eta', [0, 1])
+def test_a_noise_level_may_be_looked_up(eta):
+    """By detached numbers, one for each image; the rest of the derivative in σ is there."""
+
+    def net(x, sigma, class_labels=None):
+        table = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        torch.searchsorted(table, sigma.detach())
+        return x / (1 + sigma**2)
+
+    images = ito_taylor_sampler(net, torch.ones(2, 3), num_steps=400, eta=eta, randn_like=torch.zeros_like)
+    exact = ito_taylor_sampler(Gaussian(1), torch.ones(2, 3), num_steps=400, eta=eta, randn_like=torch.zeros_like)
+    assert torch.allclose(images, exact, rtol=1e-9)
 
 
 def test_constants_may_be_detached():
