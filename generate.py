@@ -34,15 +34,16 @@ from torch_utils import distributed as dist
 from torch_utils.errors import out_of_memory_line
 from torch_utils.interrupts import Interrupts
 
-# What version 0.1 defined here, for those who import it; it goes with version 0.3.
-StackedRandomGenerator, parse_int_list, to_uint8 = draw.StackedRandomGenerator, options.parse_int_list, draw.to_uint8
-generate_images, split_seeds = draw.generate_images, draw.split_seeds
-ablation_sampler, edm_sampler = edm.ablation_sampler, edm.edm_sampler
-load_network = networks.open_network
+GRID_IMAGES, TRAJECTORY_IMAGES, TRAJECTORY_COLUMNS = 100, 8, 10
 
-GRID_IMAGES = 100
-TRAJECTORY_IMAGES = 8
-TRAJECTORY_COLUMNS = 10
+
+def __getattr__(name: str) -> Any:
+    """What version 0.1 defined here, for those who import it; it goes with version 0.3."""
+    name = {'load_network': 'open_network', 'Networks': 'LoadedNetworks'}.get(name, name)
+    for room in (draw, edm, networks, options):
+        if hasattr(room, name):
+            return getattr(room, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
@@ -108,7 +109,7 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
 
 def give(seeds: Sequence[int], images: np.ndarray, judged: measure.FeatureSet | None, first: FirstImages) -> None:
     first.add(seeds, images)
-    if judged is not None:
+    if judged:
         judged.add_pixels(seeds, images)
 
 
@@ -145,8 +146,8 @@ def draw_missing(
                 raise Stopped(interrupts.received)
 
         watched = partial(sampler, callback=callback)
-        drawn = draw.generate_images(net, mine, watched, device, opts.class_idx, opts.noise, opts.vectors)
-        for seeds, images in drawn:
+        labels = opts.class_idx, opts.noise, opts.vectors
+        for seeds, images in draw.generate_images(net, mine, watched, device, *labels):
             yield seeds, images if output is None else output.add(seeds, images)
         if output is not None:
             output.start()  # for a rank without a batch
@@ -213,7 +214,6 @@ def stopped_line(opts: dnnlib.EasyDict, signal_name: str) -> str:
 
 # ----------------------------------------------------------------------------
 # Command line.
-
 
 HELP = f"""Generate images, one per seed.
 

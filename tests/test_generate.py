@@ -142,6 +142,16 @@ def test_shipped_network_is_the_default():
     assert network.default == str(ROOT / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl')
 
 
+def test_names_of_version_0_1_are_still_here():
+    names = 'edm_sampler ablation_sampler StackedRandomGenerator generate_images split_seeds to_uint8 parse_int_list'
+    names += ' classes_of denoised_frames check_network set_precision work_done vp_curve Curve load_network Networks'
+    assert all(callable(getattr(generate, name)) for name in names.split())
+    assert generate.SHIPPED_NETWORK.is_file()
+    assert generate.edm_sampler is edm.edm_sampler
+    with pytest.raises(AttributeError, match='no_such_name'):
+        _ = generate.no_such_name
+
+
 COMMON = {'sigma_min': 0.01, 'sigma_max': 70.0, 'rho': 5.0, 'S_min': 0.1, 'S_max': 50.0, 'S_noise': 1.01}
 COMMON_ARGS = [f'--{name}={value}' for name, value in COMMON.items()]
 
