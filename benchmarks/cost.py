@@ -5,13 +5,14 @@
 Every network runs in two ways: as generate.py runs it, and as straightforward eager PyTorch would (`plain`: channels
 first, PyTorch's own forward-mode rules, attention by matrix products, a new tensor for every result, memory as the C
 library keeps it). Forward passes and JVPs of each have processes of their own, since a sampler makes either these or
-those, and the memory that a JVP takes would be there for the forward pass too. The four take turns, so that a busy
-machine slows them all; a turn begins with a call that is not timed, as a sampler calls its network again and again. A
+those, and the memory that a JVP takes would be there for the forward pass too. `direct` is ours with direct
+convolutions in the place of Winograd's. They take turns, so that a busy machine slows them all; a turn begins with a call that is not timed, as a sampler calls its network again and again. A
 ratio is the median over the rounds, of several sets of processes, since how much new memory costs one of them is a
 matter of luck. The last column is the relative distance between the two tangents. `--dtype=bf16` runs the same under
 autocast, `--device=cuda` on a GPU.
 """
 
+import math
 import multiprocessing
 import os
 import statistics
@@ -28,10 +29,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from sampling.networks import SHIPPED_NETWORK, prepare_for_cpu
 from torch_utils import distributed, network_io
-from training import fast, networks
+from training import fast, networks, winograd
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
-WAYS = 'ours forward', 'plain forward', 'ours jvp', 'plain jvp'
+WAYS = 'ours forward', 'direct forward', 'plain forward', 'ours jvp', 'plain jvp'
 
 NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
     'CIFAR-10 DDPM++, 64 channels': lambda: networks.EDMPrecond(
@@ -98,9 +99,11 @@ def prepare(way: str, name: str, batch: int, dtype: torch.dtype, device: str) ->
     torch.manual_seed(0)
     net: Any = NETWORKS[name]().eval().requires_grad_(False)
     randomize_zeros(net)
-    (fast.install if way.startswith('ours') else fast.remove)(net.to(device))
-    if way.startswith('ours') and device == 'cpu':
+    (fast.remove if way.startswith('plain') else fast.install)(net.to(device))
+    if not way.startswith('plain') and device == 'cpu':
         prepare_for_cpu(net)
+    if way.startswith('direct'):
+        winograd.WIDE = math.inf  # no layer is wide enough for it
     x, tangent = torch.randn([2, batch, net.img_channels, net.img_resolution, net.img_resolution]).to(device)
     sigma = torch.linspace(0.1, 2, batch, device=device)
     classes = torch.arange(batch, device=device)
@@ -143,16 +146,20 @@ def main(batch: int, rounds: int, sets: int, dtype: str, device: str) -> None:
         distributed.select_device(device)
     except ValueError as err:
         raise click.UsageError(str(err)) from None
-    ratios = 'speed-up of forward | plain JVP / plain forward | JVP / plain forward | JVP / forward'
+    ratios = 'speed-up of forward | of it by Winograd | plain JVP / plain forward | JVP / plain forward | JVP / forward'
     print(f'| network | {ratios} | distance |')
-    print('|---|---|---|---|---|---|')
+    print('|---|---|---|---|---|---|---|')
     for name in NETWORKS:
         seconds, distance = time_ways(name, batch, rounds, sets, DTYPES[dtype], device)
 
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))
 
-        columns = [('plain forward', 'ours forward'), ('plain jvp', 'plain forward')]
+    ratios = 'speed-up of forward | by Winograd alone | plain JVP / plain forward | JVP / plain forward | JVP / forward'
+            ('plain forward', 'ours forward'),
+            ('direct forward', 'ours forward'),
+            ('plain jvp', 'plain forward'),
+        ]
         columns += [('ours jvp', 'plain forward'), ('ours jvp', 'ours forward')]
         print(f'| {name} | ' + ' | '.join(f'{ratio(*pair):.2f}' for pair in columns) + f' | {distance:.1e} |')
 

@@ -24,6 +24,15 @@ def test_order(row, cache):
     assert result.slope == pytest.approx(row.order, abs=row.tolerance)
 
 
+def test_a_scheme_that_is_one_function_and_one_line_in_the_table_has_its_order(cache, monkeypatch):
+    """The loop knows nothing of it but what stands in its `Scheme`: not its name either."""
+    (row,) = find('strong', 'rk', 'mixture')
+    monkeypatch.setitem(sampler_2nd.SCHEMES, 'mine', sampler_2nd.Scheme(sampler_2nd.rk_step, time_integral=True))
+    result = orders.convergence_of(row._replace(scheme='mine'), cache)
+    assert result.errors == pytest.approx(orders.convergence_of(row, cache).errors, rel=1e-9)
+    assert result.slope == pytest.approx(row.order, abs=row.tolerance)
+
+
 @pytest.mark.parametrize('row', orders.ABLATION_ROWS, ids=lambda row: row.name)
 def test_ablation_misses_the_order_of_its_scheme(row, cache):
     result = orders.convergence_of(row, cache)
