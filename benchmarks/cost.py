@@ -6,10 +6,10 @@ Every network runs in two ways: as generate.py runs it, and as straightforward e
 first, PyTorch's own forward-mode rules, attention by matrix products, a new tensor for every result, memory as the C
 library keeps it). Forward passes and JVPs of each have processes of their own, since a sampler makes either these or
 those, and the memory that a JVP takes would be there for the forward pass too. `direct` is ours with direct
-convolutions in the place of Winograd's. They take turns, so that a busy machine slows them all; a turn begins with a call that is not timed, as a sampler calls its network again and again. A
-ratio is the median over the rounds, of several sets of processes, since how much new memory costs one of them is a
-matter of luck. The last column is the relative distance between the two tangents. `--dtype=bf16` runs the same under
-autocast, `--device=cuda` on a GPU.
+convolutions in the place of Winograd's. They take turns, so that a busy machine slows them all; a turn begins with a
+call that is not timed, as a sampler calls its network again and again. A ratio is the median over the rounds, of
+several sets of processes, since how much new memory costs one of them is a matter of luck. The last column is the
+relative distance between the two tangents. `--dtype=bf16` runs the same under autocast, `--device=cuda` on a GPU.
 """
 
 import math
@@ -146,7 +146,7 @@ def main(batch: int, rounds: int, sets: int, dtype: str, device: str) -> None:
         distributed.select_device(device)
     except ValueError as err:
         raise click.UsageError(str(err)) from None
-    ratios = 'speed-up of forward | of it by Winograd | plain JVP / plain forward | JVP / plain forward | JVP / forward'
+    ratios = 'speed-up of forward | by Winograd alone | plain JVP / plain forward | JVP / plain forward | JVP / forward'
     print(f'| network | {ratios} | distance |')
     print('|---|---|---|---|---|---|---|')
     for name in NETWORKS:
@@ -155,7 +155,7 @@ def main(batch: int, rounds: int, sets: int, dtype: str, device: str) -> None:
         def ratio(way: str, unit: str, seconds: dict[str, list[float]] = seconds) -> float:
             return statistics.median(a / b for a, b in zip(seconds[way], seconds[unit], strict=True))
 
-    ratios = 'speed-up of forward | by Winograd alone | plain JVP / plain forward | JVP / plain forward | JVP / forward'
+        columns = [
             ('plain forward', 'ours forward'),
             ('direct forward', 'ours forward'),
             ('plain jvp', 'plain forward'),

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import hashlib
 import io
 import json
 import os
@@ -724,3 +725,28 @@ def test_a_missing_name_and_those_that_are_known():
     assert error_of_opening('my-network') == f': no such file; {known}'
     similar = 'edm-ffhq-64x64-uncond-vp, edm-ffhq-64x64-uncond-ve, edm-afhqv2-64x64-uncond-vp'
     assert error_of_opening('edm-ffhq-64x64-uncond') == f': no such file; known names are {similar}'
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_a_weight_that_is_not_finite_is_named(path, value):
+    net = network()
+    net.model.map_layer1.bias[3] = value
+    with pytest.raises(NetworkFileError, match=r"weight 'model\.map_layer1\.bias' has numbers that are not finite"):
+        load(pickle.dumps({'ema': net}), path)
+
+
+def test_the_bytes_that_run_are_those_with_the_hash(path, monkeypatch):
+    """Another file may take the place of the one that was downloaded and checked."""
+    good, evil = pickle.dumps({'ema': network()}), pickle.dumps(Reduced(os.getpid))
+    path.write_bytes(evil)
+    pinned = f'{path}#sha256={hashlib.sha256(good).hexdigest()}'
+    monkeypatch.setattr(network_io, 'read_bytes', lambda name: path.read_bytes())
+    with pytest.raises(NetworkFileError, match=f'its SHA-256 is {hashlib.sha256(evil).hexdigest()}, not '):
+        network_io.load_network(pinned, trust_pickle=True)
+    path.write_bytes(good)
+    assert isinstance(network_io.load_network(pinned, trust_pickle=True), networks.EDMPrecond)
+
+
+def test_edms_own_source_texts_are_known():
+    assert network_io.origin('5db27dcd96674b95c72d5e6491b879cdc35e24039ada3411b4b46a28ed1fe284').startswith('EDM,')
+    assert network_io.origin('2294828d5f59f5fd008f7141e6b8af2095918f2ce019f280a933e4779b5c3cef').startswith('EDM,')

@@ -47,6 +47,8 @@ NETWORK_CLASSES = {
 # Source texts whose classes do what the built-in ones of the same name do: SHA-256 and where the text is from. Those of
 # training/networks.py and networks_edm2.py in this checkout are known without an entry.
 KNOWN_SOURCES = {
+    '5db27dcd96674b95c72d5e6491b879cdc35e24039ada3411b4b46a28ed1fe284': 'EDM, training/networks.py',
+    '2294828d5f59f5fd008f7141e6b8af2095918f2ce019f280a933e4779b5c3cef': 'EDM, its first training/networks.py',
     '7298880db4bf955d2941496cce3a554a970867b3eae4d22276cb1c293c131fa2': 'EDM2, training/networks_edm2.py',
     'f46463375f94d55deb9394d1efeb8e87d14a28b585dfc0f092565b8dc2064b60': 'version 0.1.0 of this project',
     '56a72d24883d09362e617177378121e12cdac5adf5602d0ce2fe22a71e80303a': 'version 0.1.0 of this project, November 2026',
@@ -87,6 +89,8 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
         _check_pinned(path_or_url)
     data = read_bytes(path_or_url)
     try:
+        if trust_pickle:
+            _check_hash(data, dnnlib.util.pinned_hash(path_or_url))
         if trust_pickle and not _is_safetensors(data):
             net = _load_trusted(data, path_or_url)
         else:
@@ -233,6 +237,10 @@ def build(stored: StoredNetwork) -> torch.nn.Module:
 def _float32(name: str, value: torch.Tensor) -> torch.Tensor:
     if value.dtype not in _PRECISIONS:
         raise NetworkFileError(f'the weight {name!r} is of {value.dtype}, not of real numbers')
+    if not torch.isfinite(value).all():
+        raise NetworkFileError(
+            f'the weight {name!r} has numbers that are not finite; training has gone wrong before it was saved'
+        )
     return value.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -315,6 +323,13 @@ def _check_pinned(path_or_url: str) -> None:
             f'{path_or_url}: --trust-pickle runs what is in the file, and so wants a local file, '
             'or the hash of the file after the URL: …#sha256=0123…'
         )
+
+
+def _check_hash(data: bytes, expected: str | None) -> None:
+    """The bytes that will run have to be those with the hash, not what the file held when it was downloaded."""
+    found = hashlib.sha256(data).hexdigest()
+    if expected not in (None, found):
+        raise NetworkFileError(f'its SHA-256 is {found}, not {expected}')
 
 
 def _load_trusted(data: bytes, name: str) -> torch.nn.Module:
