@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import dnnlib
-from images import files
+from images import files, tree
 from images.write import file_name
 
 
@@ -74,8 +74,8 @@ class Archive(abc.ABC):
             self.finished(seeds)  # another run may have written the file meanwhile
             with dnnlib.util.atomic_write(self.path) as file:
                 self._write_all(file, seeds, classes)
-            for name in ('seeds', '_rows', '_array'):
-                self.__dict__.pop(name, None)
+                for name in ('seeds', '_rows', '_array', '_tree'):  # of the file that goes
+                    self.__dict__.pop(name, None)
         files.delete(self.parts.path(seed) for seed in self.parts.finished(seeds))
 
     @abc.abstractmethod
@@ -94,16 +94,22 @@ class ZipArchive(Archive):
     `labels` in there are the classes, or null; `seeds`, which readers of datasets pass over, is ours.
     """
 
+    @functools.cached_property
+    def _tree(self) -> tree.FileTree:
+        """Opened once: it takes as long as there are images."""
+        return tree.FileTree(self.path)
+
     def _read_seeds(self) -> list[int]:
-        with zipfile.ZipFile(self.path) as archive:
-            return json.loads(archive.read('dataset.json'))['seeds']
+        seeds = json.loads(self._tree.read('dataset.json'))['seeds']
+        if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise ValueError('its seeds are not whole numbers')
+        return seeds
 
     def _read_row(self, row: int) -> np.ndarray:
         return files.decode_png(self._read_png(row))
 
     def _read_png(self, row: int) -> bytes:
-        with zipfile.ZipFile(self.path) as archive:
-            return archive.read(file_name(row))
+        return self._tree.read(file_name(row))
 
     def _write_all(self, file: BinaryIO, seeds: Sequence[int], classes: Sequence[int] | None) -> None:
         names = [file_name(row) for row in range(len(seeds))]
