@@ -188,7 +188,7 @@ RULES = [
     Rule(r'benchmarks/train\.py .*', smaller='--steps=1 --warm-up=1 --workers=0 --device=cpu', slow=True),
     Rule(r'benchmarks/dataset\.py.*', smaller='--small=100 --large=20 --repeats=1', slow=True),
     Rule(r'benchmarks/reproducibility\.py.*', smaller=f'--network={TINY} --seeds=0-3', slow=True),
-    Rule(r'-m training\.progress .*', needs='matplotlib'),
+    Rule(r'-m training\.reporter .*', needs='matplotlib'),
 ]
 
 # What is not run, and why. Where it says so, something else is.
