@@ -18,6 +18,8 @@ from comparison import peers
 from sampler_2nd import Denoiser, ito_taylor_sampler, noise_levels
 from sampling import edm
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 ROOT = pathlib.Path(generate.__file__).parent
 
 

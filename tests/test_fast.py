@@ -19,6 +19,8 @@ from small_networks import (
 from torch_utils import network_io
 from training import fast, networks
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 def fast_network(class_name, **kwargs):
     return fast.install(noisy_network(class_name, **kwargs))

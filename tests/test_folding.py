@@ -12,6 +12,8 @@ from training import networks
 from training.folding import FoldedConv, fold_weights
 from training.networks_edm2 import MPConv
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', CASES)

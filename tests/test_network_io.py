@@ -30,6 +30,8 @@ from torch_utils import network_io, network_pickle, persistence
 from torch_utils.network_io import NetworkFileError
 from training import augment, fast, loss, networks
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SONG = {'model_type': 'SongUNet', 'model_channels': 8, 'channel_mult': [1, 2], 'num_blocks': 1, 'attn_resolutions': [4]}
 SKIPS = SONG | {'embedding_type': 'fourier', 'encoder_type': 'residual', 'resample_filter': [1, 3, 3, 1]}
 ADM = {'model_type': 'DhariwalUNet', 'model_channels': 64, 'channel_mult': [1], 'num_blocks': 1, 'attn_resolutions': []}

@@ -21,6 +21,8 @@ from torch_utils.network_io import NetworkFileError
 from training import loss, networks
 from training.networks_edm2 import Precond
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 EDM2_SOURCE = '7298880db4bf955d2941496cce3a554a970867b3eae4d22276cb1c293c131fa2'
 
 

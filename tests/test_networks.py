@@ -10,6 +10,8 @@ from small_networks import ADM, NCSNPP, SONG, assert_forward_mode, every_network
 
 from training import networks
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 DATA = pathlib.Path(__file__).parent / 'data'
 GOLDEN = json.loads((DATA / 'edm_networks.json').read_text())['cases']
 CIFAR = {'img_resolution': 32, 'model_type': 'SongUNet', 'channel_mult': [2, 2, 2], 'augment_dim': 9}

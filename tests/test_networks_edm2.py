@@ -20,6 +20,8 @@ from training.networks_edm2 import (
     resample,
 )
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 PRIMITIVES = GOLDEN['primitives']
 both_precisions = pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 
