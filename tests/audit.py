@@ -1,6 +1,7 @@
 """An audit hook for tests of readers: while `watched()`, anything that smells of running code raises `CodeRan`."""
 
 import contextlib
+import gc
 import sys
 
 FORBIDDEN = (
@@ -37,13 +38,18 @@ def _hook(event, args):
 
 @contextlib.contextmanager
 def watched():
-    """Hooks cannot be removed, so the one hook is switched on and off."""
+    """Hooks cannot be removed, so the one hook is switched on and off.
+
+    Nothing is collected meanwhile: what other tests have left behind may open or remove files as it goes.
+    """
     global _hooked, _watching
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
+    gc.disable()
     _watching = True
     try:
         yield
     finally:
         _watching = False
+        gc.enable()
