@@ -1,5 +1,6 @@
 """The files of a dataset: what a folder or zip archive holds, its images, and the labels in `dataset.json`."""
 
+import functools
 import io
 import json
 import mmap
@@ -20,8 +21,6 @@ import PIL.Image
 
 from dnnlib.util import printable
 
-PIL.Image.init()  # fills the tables of extensions and formats
-
 # What zipfile and Pillow raise on damaged bytes: they have no common base class.
 DAMAGED = (
     *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error, MemoryError),
@@ -31,11 +30,9 @@ DAMAGED = (
 # Pillow recognizes a format by its content, whatever the name, and would start Ghostscript for PostScript. Only formats
 # of photographs and drawings that Pillow decodes by itself are opened.
 FORMATS = 'PNG JPEG WEBP AVIF JPEG2000 TIFF BMP DIB GIF PPM TGA PCX SGI ICO PSD QOI'
-FORMATS_BUILT = [name for name in FORMATS.split() if name in PIL.Image.OPEN]  # a Pillow may lack some
 
 # Kinds of pictures that people have and Pillow alone does not read: said to be left out, by name.
 UNREAD = {'.heic', '.heif', '.jxl', '.svg', '.cr2', '.cr3', '.nef', '.arw', '.dng', '.raf', '.orf', '.rw2', '.avif'}
-UNREAD -= set(PIL.Image.EXTENSION)
 
 HIDDEN = ('__MACOSX', '@eaDir')  # what other programs leave behind, as are names that begin with a dot
 
@@ -74,7 +71,7 @@ class FileTree:
 
     def image_names(self) -> list[str]:
         """The files that Pillow knows by their extension, sorted, but hidden ones; IOError if there are none."""
-        images = sorted(name for name in self.names if extension(name) in PIL.Image.EXTENSION and not is_hidden(name))
+        images = sorted(name for name in self.names if extension(name) in extensions() and not is_hidden(name))
         if not images:
             inside = ', '.join(sorted({'images.zip', 'images.npz'} & self.names))
             raise OSError(f'{self.path}: no images found' + (f'; it holds {inside}: give that file' if inside else ''))
@@ -83,7 +80,7 @@ class FileTree:
     def unread(self) -> Counter[str]:
         """How many pictures there are of kinds that cannot be read, by extension."""
         found = (extension(name) for name in self.names if not is_hidden(name))
-        return Counter(each for each in found if each in UNREAD)
+        return Counter(each for each in found if each in UNREAD - extensions())
 
     def labels(self) -> dict[str, int | list[float]] | None:
         """{image: label} from dataset.json, for every image; None without that file, or if it has none.
@@ -168,7 +165,7 @@ def open_image(data: bytes) -> PIL.Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # large images, odd metadata: the pixels are what counts
         try:
-            image = PIL.Image.open(io.BytesIO(data), formats=FORMATS_BUILT)
+            image = PIL.Image.open(io.BytesIO(data), formats=formats())
         except PIL.UnidentifiedImageError:
             raise ValueError('it is not an image, or of a format that is not supported') from None
         image.load()
@@ -207,6 +204,20 @@ def label_array(labels: list[Any]) -> np.ndarray:
             'labels are class numbers 0, 1, 2, … or lists of numbers that float32 holds, all of one length'
         )
     return array.astype(np.int64)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Of the files that Pillow knows; its tables take a tenth of a second to fill."""
+    PIL.Image.init()
+    return frozenset(PIL.Image.EXTENSION)
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has: one may lack some."""
+    PIL.Image.init()
+    return [name for name in FORMATS.split() if name in PIL.Image.OPEN]
 
 
 def extension(name: str) -> str:
