@@ -332,15 +332,22 @@ def test_inspect_the_shipped_network():
 
 
 def test_inspect_remarks(path):
-    net = network()
-    net.model.map_layer0.bias[0] = float('inf')
-    content = pickle.dumps({'ema': net, 'surprise': 1}).replace(b'import math', b'IMPORT MATH', 1)
+    content = pickle.dumps({'ema': network(), 'surprise': 1}).replace(b'import math', b'IMPORT MATH', 1)
     load(content, path)
     result = tool('inspect', path)
     assert result.exit_code == 1
-    assert "1 tensors with infinite or undefined numbers, such as 'model.map_layer0.bias'" in result.output
     assert "entries that snapshots do not have: 'surprise'" in result.output
     assert 'source text unknown, SHA-256' in result.output
+
+
+def test_inspect_counts_the_broken_tensors_of_what_does_not_load(path):
+    net = network()
+    net.model.map_layer0.bias[0] = float('inf')
+    path.write_bytes(pickle.dumps({'ema': net}))
+    result = tool('inspect', path)
+    assert result.exit_code == 2
+    assert "1 tensors with infinite or undefined numbers, such as 'model.map_layer0.bias'" in result.output
+    assert result.output.splitlines()[-1].startswith("refused     the weight 'model.map_layer0.bias' has numbers")
 
 
 def test_inspect_lists_every_name_that_a_file_calls(path, marker):
