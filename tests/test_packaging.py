@@ -159,7 +159,7 @@ def make(*args):
     ('target', 'command'),
     [
         ('demo', 'bin/python example.py'),
-        ('test', 'bin/python -m pytest'),
+        ('test', 'bin/python -m pytest -n auto --maxprocesses=8 --dist=worksteal'),
         ('test-slow', 'bin/python -m pytest -m slow'),
         ('lint', 'bin/mypy'),
     ],
