@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import dnnlib
 from dnnlib.options import at_least_one
 from images.pictures import save_png, tile
 from sampler_2nd import CountCalls
-from sampling import choose
+from sampling import choose, levels
 from sampling.draw import to_uint8
 from sampling.edm import edm_sampler
 from sampling.networks import SHIPPED_NETWORK, open_network, work_done
@@ -60,6 +61,7 @@ def generate_image_grid(
     device = dist.init(device)
     print(f'Loading network from {network_pkl} ...')
     net = CountCalls(open_network(network_pkl, device))
+    chosen = levels.choose_levels('auto', partial(sampler, num_steps=num_steps, **sampler_kwargs), net.net, network_pkl)
 
     start = time.perf_counter()
     torch.manual_seed(seed)
@@ -69,7 +71,7 @@ def generate_image_grid(
     if net.label_dim:
         labels = torch.eye(net.label_dim, device=device)[torch.randint(net.label_dim, size=[count], device=device)]
     with tqdm(total=num_steps, desc=f'Sampling {count} images', unit='step') as bar:
-        images = sampler(net, latents, labels, num_steps=num_steps, callback=lambda *_: bar.update(), **sampler_kwargs)
+        images = chosen(net, latents, labels, callback=lambda *_: bar.update())
     save_png(tile(to_uint8(images), gridw), dest_path)
     print(f'{count} images in {time.perf_counter() - start:.1f} s on {device}')
     print(work_done(net, num_steps, num_batches=1))

@@ -27,7 +27,7 @@ from images import pictures
 from images.files import own_files
 from metrics import measure
 from metrics.judge import Judge, Verdict
-from sampling import choose, draw, edm, networks
+from sampling import choose, draw, edm, levels, networks
 from sampling.output import FORMATS, FirstImages, Output
 from sampling.progress import progress_bar
 from torch_utils import distributed as dist
@@ -95,7 +95,7 @@ def open_output(opts: dnnlib.EasyDict, loaded: networks.LoadedNetworks, sampler:
         **loaded.settings,
         'version of the samplers': draw.IMAGE_VERSION,
         'sampler': opts.sampler,
-        **choose.options_in_effect(sampler),
+        **choose.options_in_effect(sampler, opts.guidance),
         'noise': opts.noise,
         'class': 'random' if opts.class_idx is None else opts.class_idx,
         'labels': None if opts.vectors is None else hashlib.sha256(opts.vectors.tobytes()).hexdigest()[:16],
@@ -270,15 +270,16 @@ python generate.py --seeds=0-49999 --metrics=fid --network=ckpts/edm-cifar10-32x
 @click.option('--guidance',                  help='Strength G: D = D_gnet + G (D_net - D_gnet)', metavar='FLOAT', type=float, show_default='1, none')
 @click.option('--sampler',                   help='Sampler (see above)', type=click.Choice(list(choose.samplers())), show_default='heun')
 @click.option('--steps', 'num_steps',        help='Number of time steps', metavar='INT', type=at_least_one, default=18)
-@click.option('--sigma_min',                 help='Lowest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 0.002')
+@click.option('--levels',                    help=levels.HELP, metavar='auto|edm|JSON|LIST', type=levels.Levels(), default='auto')
+@click.option('--sigma_min',                 help='Lowest noise level', metavar='FLOAT', type=positive, show_default='by sampler and steps, 0.002')
 @click.option('--sigma_max',                 help='Highest noise level', metavar='FLOAT', type=positive, show_default='by sampler, 80')
-@click.option('--rho',                       help='Time step exponent', metavar='FLOAT', type=positive, show_default='7')
+@click.option('--rho',                       help='Time step exponent', metavar='FLOAT', type=positive, show_default='by sampler and steps, 7')
 @click.option('--noise',                     help='path = the same picture for any number of steps; not for heun', type=click.Choice(['fresh', 'path']), default='fresh')
 @click.option('--S_min', 'S_min',            help='Lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0')
 @click.option('--S_max', 'S_max',            help='Highest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='inf')
 @click.option('--S_noise', 'S_noise',        help='Factor on the noise', metavar='FLOAT', type=float, show_default='1')
 @click.option('--S_churn', 'S_churn',        help='heun, ablation: amount of noise', metavar='FLOAT', type=non_negative, show_default='0')
-@click.option('--eta',                       help='rk, taylor, euler: amount of noise; 0 = ODE, 1 = exact time reversal', metavar='FLOAT', type=non_negative, show_default='1')
+@click.option('--eta',                       help='rk, taylor, euler: amount of noise; 0 = ODE, 1 = exact time reversal', metavar='FLOAT', type=non_negative, show_default='1, with guidance G^-1/2')
 @click.option('--solver',                    help='ablation: ODE solver', type=click.Choice(edm.CHOICES['solver']))
 @click.option('--disc', 'discretization',    help='ablation: time steps', type=click.Choice(edm.CHOICES['discretization']))
 @click.option('--schedule',                  help='ablation: noise schedule σ(t)', type=click.Choice(edm.CHOICES['schedule']))
@@ -293,11 +294,9 @@ def main(**kwargs):
     check_options(opts)
     try:
         device = dist.init(opts.device)
-    except ValueError as err:
-        raise click.ClickException(str(err)) from None
-    try:
         with dnnlib.util.alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
             loaded = networks.LoadedNetworks(opts, device)
+            sampler = levels.choose_levels(opts.levels, sampler, loaded.main.net, opts.network_pkl, opts.guidance)
             opts.vectors = None if opts.labels is None else networks.read_vectors(opts.labels, loaded.net.label_dim)
             with open_output(opts, loaded, sampler) or contextlib.nullcontext() as output:
                 run(opts, loaded, sampler, output)

@@ -31,7 +31,7 @@ import functools
 import math
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -71,17 +71,18 @@ def ito_taylor_sampler(
     class_labels: torch.Tensor | None = None,
     randn_like: 'Callable[[torch.Tensor], torch.Tensor] | BrownianPath' = torch.randn_like,
     num_steps: int = 18,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80,
-    rho: float = 7,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float | None = None,
     S_min: float = 0,
     S_max: float = float('inf'),
     S_noise: float = 1,
-    eta: float = 1,
-    scheme: str = 'taylor',
+    eta: float | None = None,
+    scheme: 'str | Scheme' = 'taylor',
     dtype: torch.dtype | None = None,
     callback: Callable[[int, torch.Tensor, torch.Tensor, float], Any] | None = None,
     init: torch.Tensor | None = None,
+    sigmas: Sequence[float] | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn noise into images along the reverse-time SDE (1), with `num_steps` evaluations of the network.
 
@@ -94,16 +95,19 @@ def ito_taylor_sampler(
         randn_like: called as `randn_like(x)`, once per standard normal of shape and dtype of x that a step needs. Or a
             `BrownianPath`: then the noise depends on its seeds, not on the time steps.
         num_steps: N ≥ 1 noise levels t_i = (σ_max^{1/ρ} + i/(N−1)·(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, then 0.
-        sigma_min, sigma_max, rho: see `num_steps`; 0 < sigma_min < sigma_max, rho > 0.
+        sigma_min, sigma_max, rho: see `num_steps`; 0 < sigma_min < sigma_max, rho > 0. By default EDM's 0.002, 80
+            and 7; `rk` with fewer than 32 steps ends higher, as `levels_for_steps` says, if none of the three is given.
         S_min, S_max: noise is added in steps that start at S_min ≤ t_i ≤ S_max; outside, κ = 0.
         S_noise: factor on the noise.
-        eta: κ = eta², ≥ 0; for `rk` below √3.
-        scheme: a name in `SCHEMES`, which has their orders: 'euler', 'taylor' or 'rk'.
+        eta: κ = eta², ≥ 0; for `rk` below √3. By default κ = 1, under guidance 1/guidance.
+        scheme: a `Scheme`, or a name in `SCHEMES`, which has their orders: 'euler', 'taylor' or 'rk'.
         dtype: of the state; float64 by default, float32 on devices without it (mps).
         callback: called after step i = 0 … N−1 as `callback(i, x, D, sigma)`: the new state, the denoised images that
             the step used, and the noise level it started from. In the last step x is D.
         init: clean images to start from, floating point in [−1, 1], of the shape of `latents`; sigma_max says how much
             of them is forgotten: about 0.5 keeps most, 10 little of an image.
+        sigmas: noise levels of your own in place of the six arguments above, falling and above 0; a last 0 may be left
+            out. `tune.py` makes them for a network.
 
     Returns:
         Images, of the shape of `latents`, in `dtype`.
@@ -112,9 +116,14 @@ def ito_taylor_sampler(
         ValueError: an argument is out of its range or float64's, or the network returns no image of its input's shape.
         NotFiniteError: an image is not finite after a step.
     """
+    eta = usual_eta(property_of(net, 'guidance', 1)) if eta is None else eta
     chosen = choose_scheme(scheme, eta)
     check_noise_options(S_min, S_max, S_noise)
-    sigmas = noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+    if sigmas is None:
+        ends = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
+        sigmas = noise_levels(net, num_steps, **complete_levels(ends, num_steps, chosen.few_steps))
+    else:
+        sigmas = given_levels(net, sigmas)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
     x = first_state(latents.to(dtype or state_dtype(latents.device)), sigmas[0], init)
     return integrate(Denoiser(net, class_labels), x, sigmas, kappas, chosen, randn_like, S_noise, callback)
@@ -143,12 +152,17 @@ def integrate(denoise, x, sigmas, kappas, scheme, randn_like, S_noise=1, callbac
 
 def choose_scheme(name, eta):
     """The scheme of this name. Raises ValueError if there is none, or if it is not defined for this `eta`."""
-    if name not in SCHEMES:
+    if not isinstance(name, Scheme) and name not in SCHEMES:
         raise ValueError(f'scheme={name!r} is not one of {", ".join(SCHEMES)}')
-    scheme = SCHEMES[name]
+    scheme = name if isinstance(name, Scheme) else SCHEMES[name]
     if not 0 <= eta < scheme.eta_below:
         raise ValueError(f'scheme={name!r} needs an eta from 0 to below {scheme.eta_below:.4g}, and this is {eta:g}')
     return scheme
+
+
+def usual_eta(guidance):
+    """η where none is given: κ = 1 reverses time; guidance multiplies what noise does to D, so it gets 1/guidance."""
+    return max(1.0, guidance) ** -0.5
 
 
 def check_noise_options(S_min, S_max, S_noise):
@@ -206,10 +220,48 @@ def noise_levels(net: Any, num_steps: int, sigma_min: float, sigma_max: float, r
     sigmas = (top + ramp * (bottom - top)) ** rho
     if num_steps > 1:
         sigmas[-1] = sigma_min  # which small rho would lose by rounding
+    return rounded_levels(net, sigmas)
+
+
+def rounded_levels(net, sigmas):
     round_sigma = property_of(net, 'round_sigma')
-    if round_sigma is not None:
-        sigmas = torch.as_tensor(round_sigma(sigmas))
-    return [*sigmas.tolist(), 0.0]
+    return [*(sigmas if round_sigma is None else torch.as_tensor(round_sigma(sigmas))).tolist(), 0.0]
+
+
+def given_levels(net, sigmas):
+    """Noise levels that someone has chosen, rounded to what `net` knows, and 0. ValueError if they cannot be."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').flatten()
+    levels = levels[:-1] if len(levels) and levels[-1] == 0 else levels
+    if not len(levels) or not (levels.isfinite() & (levels > 0)).all() or not (levels.diff() < 0).all():
+        raise ValueError(f'sigmas={levels.tolist()}: noise levels are finite, above 0, and fall')
+    low, high = float(property_of(net, 'sigma_min', 0)), float(property_of(net, 'sigma_max', math.inf))
+    if not low <= levels[-1] <= levels[0] <= high:
+        raise ValueError(f'sigmas go from {levels[0]:g} to {levels[-1]:g}; this network knows {low:g} to {high:g}')
+    return rounded_levels(net, levels)
+
+
+EDM_LEVELS = {'sigma_min': 0.002, 'sigma_max': 80.0, 'rho': 7.0}
+FEW_STEPS = [(6, 0.08, 30.0), (8, 0.02, 12.0), (12, 0.02, 12.0), (32, 0.002, 7.0)]  # N, sigma_min, rho (docs/method.md)
+
+
+def levels_for_steps(num_steps):
+    """sigma_min and rho for N steps of `rk`, those of `FEW_STEPS`; between them their logarithms are linear in ln N.
+
+    The last step leaves what D cannot see below sigma_min, the others the more the longer they are.
+    """
+    if num_steps >= FEW_STEPS[-1][0]:
+        return EDM_LEVELS
+    above = next(i for i, row in enumerate(FEW_STEPS) if row[0] > num_steps)
+    low, high = FEW_STEPS[max(above - 1, 0)], FEW_STEPS[above]
+    share = math.log(max(num_steps, low[0]) / low[0]) / math.log(high[0] / low[0]) if above else 0.0
+    sigma_min, rho = (a ** (1 - share) * b**share for a, b in zip(low[1:], high[1:], strict=True))
+    return EDM_LEVELS | {'sigma_min': sigma_min, 'rho': rho}
+
+
+def complete_levels(ends, num_steps, few_steps):
+    """sigma_min, sigma_max and rho, with what is None filled in: EDM's, or all three as the steps are few."""
+    given = {name: value for name, value in ends.items() if value is not None}
+    return (levels_for_steps(num_steps) if few_steps and not given else EDM_LEVELS) | given
 
 
 # ----------------------------------------------------------------------------
@@ -250,18 +302,23 @@ def tangent_weight(kappa, h):
     return 1 + h / 4 if kappa <= 1 else 1.0
 
 
-def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise):
+def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise, bound=0.25):
     """One evaluation, at a node inside the step, for κ < 3.
 
         x' = e^{−ah} x + w D(x_m; σ_m) + N,     x_m = g x + (1 − g) D̂ + (σ_m/σ')^a Z/w
 
     with h, a, w of `taylor_step`, σ_m = σ e^{−h_m} and g of `rk_node`, and Z the time integral of `noise_pair`. For
     κ = 1 the node is at a third of the step in τ = 1/σ², for κ = 0 about the middle in λ. D̂ predicts D from the past
-    steps.
+    steps, changing the last one by no more than `limited` allows.
     """
     h, a = math.log(sigma / sigma_next), 1 + kappa
     N, Z = noise_pair(noise(), noise(), kappa, sigma_next, h, time_integral=True)
-    D_hat = predict_D(past, sigma, kappa) if past else guess_D(x, sigma)
+    if past:
+        D_last = past[-1][1]
+        change = predict_D(past, sigma, kappa) - D_last
+        D_hat = D_last + limited(change, D_last, sigma, bound * usual_eta(getattr(denoise, 'guidance', 1)))
+    else:
+        D_hat = guess_D(x, sigma)
     h_m, log_g, noise_weight = rk_node(kappa, h)
     x_m = math.exp(log_g) * x - math.expm1(log_g) * D_hat + noise_weight * Z
     D = denoise(x_m, sigma * math.exp(-h_m))
@@ -315,6 +372,18 @@ def predict_D(past, sigma, kappa):
     return D_1 + ahead * (D_1 - D_0)
 
 
+def limited(change, D, sigma, bound):
+    """`change`, in each image with a root mean square of at most bound·√(σ² + (0.7 rms D)²).
+
+    The noise that is left bounds how far D can still go: E|D_later − D|² ≤ σ² tr J. An extrapolation that goes further
+    errs, and where guidance multiplies it, step by step more. In short steps nothing is limited.
+    """
+    squares, D_squares = (each.reshape(len(D), -1).square().mean(1) for each in (change, D))
+    allowed = bound * (sigma**2 + 0.49 * D_squares).sqrt()
+    factor = (allowed / squares.sqrt().clamp_min(torch.finfo(D.dtype).tiny)).clamp_max(1)
+    return change * factor.reshape(-1, *[1] * (D.ndim - 1))
+
+
 def guess_D(x, sigma):
     """D of standard normal data, for a first step, which has no past: multiplied by h² J_D, it need not be good."""
     return x / (1 + sigma**2)
@@ -326,12 +395,13 @@ class Scheme(NamedTuple):
     step: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # called as `euler_step` is
     time_integral: bool = False  # its Z is the plain time integral of `noise_moments`; a `BrownianPath` gives it that
     eta_below: float = math.inf  # it is defined for 0 ≤ eta < eta_below
+    few_steps: bool = False  # by default its levels are those of `levels_for_steps`
 
 
 SCHEMES = {  # and their strong / weak orders
     'euler': Scheme(euler_step),  # 1 / 1
     'taylor': Scheme(taylor_step),  # 1.5 / 2
-    'rk': Scheme(rk_step, time_integral=True, eta_below=math.sqrt(3)),  # 1.5 / 2
+    'rk': Scheme(rk_step, time_integral=True, eta_below=math.sqrt(3), few_steps=True),  # 1.5 / 2
 }
 
 # ----------------------------------------------------------------------------
@@ -544,6 +614,7 @@ class Denoiser:
         self._net = net
         self._class_labels = class_labels
         self._dtype = network_dtype(net)
+        self.guidance = property_of(net, 'guidance', 1)
 
     def __call__(self, x, sigma):
         return self._call(self._cast(x), self._cast(sigma, x)).to(x.dtype)

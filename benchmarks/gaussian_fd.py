@@ -101,7 +101,7 @@ def main(spectra, rhos, plot_path, **noise):
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
-    samplers = solvers.rivals() | solvers.ours_with(**noise)
+    samplers = solvers.rivals() | solvers.ours_with(**noise, scheme_of=solvers.linear)
     for name in solvers.RIVALS.keys() - samplers.keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import click
 import torch
@@ -46,10 +47,19 @@ def rivals():
     return installed() | HEUN
 
 
-def ours_with(etas=(1.0,), S_maxes=(math.inf,), S_noises=(1.0,)):
+def linear(scheme):
+    """The scheme without the bound on the change of D̂, for arithmetic with `Columns`, whose rows are no images.
+
+    On Gaussian images the bound takes part in few steps from 12 evaluations on (docs/method.md).
+    """
+    chosen = sampler_2nd.SCHEMES[scheme]
+    return chosen._replace(step=partial(chosen.step, bound=math.inf)) if scheme == 'rk' else chosen
+
+
+def ours_with(etas=(1.0,), S_maxes=(math.inf,), S_noises=(1.0,), scheme_of=sampler_2nd.SCHEMES.get):
     """Our schemes with each of these strengths of noise, up to each of these noise levels, times each of these factors.
 
-    A name tells what is unusual.
+    A name tells what is unusual. `scheme_of`: what a name stands for, `linear` or as it is.
     """
     samplers = {}
     for eta, S_max, S_noise in itertools.product(etas, S_maxes, S_noises):
@@ -57,7 +67,8 @@ def ours_with(etas=(1.0,), S_maxes=(math.inf,), S_noises=(1.0,)):
         told += '' if S_max == math.inf else f', S_max {S_max:g}'
         told += '' if S_noise == 1 else f', S_noise {S_noise:g}'
         for scheme, costs in [('taylor', (2, -1)), ('rk', (1, 0))]:
-            run = on_levels(sampler_2nd.ito_taylor_sampler, scheme=scheme, eta=eta, S_max=S_max, S_noise=S_noise)
+            options = {'eta': eta, 'S_max': S_max, 'S_noise': S_noise}
+            run = on_levels(sampler_2nd.ito_taylor_sampler, scheme=scheme_of(scheme), **options)
             samplers[f'{scheme}{told}'] = Solver(run, eta > 0, *costs)
     return samplers
 

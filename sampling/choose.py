@@ -20,7 +20,7 @@ ABLATION_OPTIONS = tuple(edm.CHOICES)
 LEVEL_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_min', 'S_max', 'S_noise')  # that all samplers take
 OPTIONS = (*LEVEL_OPTIONS, 'S_churn', 'eta', *ABLATION_OPTIONS)
 
-_COMMAND_LINE = {'num_steps': 'steps', 'discretization': 'disc'}  # where an option's name is another
+_COMMAND_LINE = {'num_steps': 'steps', 'discretization': 'disc', 'sigmas': 'levels'}  # other names there
 
 
 class Sampler(NamedTuple):
@@ -116,12 +116,21 @@ def _not_a_dial(option: str, name: str, table: dict[str, Sampler]) -> str:
     return f'--{word} is for {owners}, and not for --sampler={name}'
 
 
-def options_in_effect(sampler: partial) -> dict[str, Any]:
+def options_in_effect(sampler: partial, guidance: float | None = None) -> dict[str, Any]:
     """The options of a sampler, by the names of the command line, those left at their default included."""
     parameters = inspect.signature(sampler.func).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    options = {**defaults, **sampler.keywords}
+    ends = {name: options[name] for name in sampler_2nd.EDM_LEVELS}
+    if options.get('sigmas') is not None:
+        options |= dict.fromkeys(ends)
+    elif 'scheme' in options:
+        few_steps = sampler_2nd.choose_scheme(options['scheme'], 0).few_steps
+        options |= sampler_2nd.complete_levels(ends, options['num_steps'], few_steps)
+    if 'eta' in options and options['eta'] is None:
+        options['eta'] = sampler_2nd.usual_eta(guidance or 1)
     return {
         _COMMAND_LINE.get(name, name): value
-        for name, value in {**defaults, **sampler.keywords}.items()
+        for name, value in options.items()
         if value is not None and name not in ('randn_like', 'callback', 'scheme')
     }

@@ -15,7 +15,7 @@ import torch
 import sampler_2nd
 
 STREAMS = 2**32  # seeds are taken modulo this number, as EDM does it
-IMAGE_VERSION = 2  # one more whenever the same settings make other images
+IMAGE_VERSION = 3  # one more whenever the same settings make other images
 
 
 class StackedRandomGenerator:

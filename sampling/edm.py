@@ -31,6 +31,7 @@ def edm_sampler(
     S_noise=1,
     callback=None,
     init=None,
+    sigmas=None,
 ):
     """Heun's method on the probability-flow ODE, with noise added and removed again (churn).
 
@@ -40,7 +41,11 @@ def edm_sampler(
     """
     sampler_2nd.check_noise_options(S_min, S_max, S_noise)
     denoise = sampler_2nd.Denoiser(net, class_labels)
-    t_steps = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+    if sigmas is None:
+        t_steps = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+    else:
+        t_steps = sampler_2nd.given_levels(net, sigmas)
+        num_steps = len(t_steps) - 1
     x = sampler_2nd.first_state(latents.to(sampler_2nd.state_dtype(latents.device)), t_steps[0], init)
     for i in range(num_steps):
         t_cur, t_next = t_steps[i : i + 2]

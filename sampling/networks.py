@@ -116,7 +116,7 @@ class LoadedNetworks:
     """What the sampler evaluates, and what that took.
 
     Attributes:
-        net: the network of the command line, guided by --gnet where there is one.
+        main: the network of the command line; net: the same, guided by --gnet where there is one.
         settings: what of the images depends on the networks and how they are run.
     """
 
@@ -125,13 +125,13 @@ class LoadedNetworks:
         self.settings: dict[str, Any] = {'network': None, 'gnet': None, 'guidance': opts.guidance}
         self.settings |= {'trust-pickle': opts.trust_pickle, 'compile': opts.compile_net, 'device': device.type}
         self._guide: sampler_2nd.CountCalls | None = None
-        self._main = self._open('network', opts.network_pkl, opts, device)
-        self.net: Any = self._main
+        self.main = self._open('network', opts.network_pkl, opts, device)
+        self.net: Any = self.main
         check_network(self.net, opts.class_idx)
         if opts.gnet is not None:
             self._guide = self._open('gnet', opts.gnet, opts, device)
             try:
-                self.net = sampler_2nd.Guided(self._main, self._guide, opts.guidance)
+                self.net = sampler_2nd.Guided(self.main, self._guide, opts.guidance)
             except ValueError as err:
                 raise click.UsageError(f'--gnet={opts.gnet}: {err}') from None
 
@@ -148,7 +148,7 @@ class LoadedNetworks:
         return sampler_2nd.CountCalls(net)
 
     def work_done(self, num_steps: int, num_batches: int) -> str:
-        text = work_done(self._main, num_steps, num_batches)
+        text = work_done(self.main, num_steps, num_batches)
         if self._guide is None:
             return text
         return f'{text}, and {self._guide.calls // num_batches} calls of the guiding network'

@@ -50,7 +50,8 @@ def test_long_steps_keep_the_variance_of_the_data(scheme, factor, tolerance):
     def denoise(x, sigma):
         return x * (stds**2 / (stds**2 + torch.as_tensor(sigma).reshape(-1)[:1] ** 2))
 
-    x = solvers.OURS[scheme].run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
+    sampler = solvers.ours_with(scheme_of=solvers.linear)[scheme]
+    x = sampler.run(denoise, noise.fresh() * sigmas[0], sigmas, noise)
     assert (x.square().sum(0) / stds**2 - 1).abs().max() < tolerance
 
 

@@ -19,6 +19,7 @@ import example
 import fid
 import generate
 import train
+import tune
 from benchmarks import gaussian_fd, solvers
 from torch_utils import network_io
 
@@ -29,6 +30,7 @@ COMMANDS = {
     'dataset_tool': dataset_tool,
     'train': train,
     'compare': compare,
+    'tune': tune,
 }
 PACKAGES = ('.', 'dnnlib', 'images', 'metrics', 'sampling', 'torch_utils', 'training', 'comparison', 'benchmarks')
 LINK = re.compile(r'\]\(([^)\s]+)\)')

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import itertools
 import math
 import pathlib
@@ -735,3 +736,144 @@ def test_an_empty_batch_gives_no_images(scheme):
     path = sampler_2nd.BrownianPath([])
     assert ito_taylor_sampler(Gaussian(), torch.zeros(0, 1, 4, 4), scheme=scheme, randn_like=path).shape == (0, 1, 4, 4)
     assert [z.shape for z in path.normals(torch.zeros(0, 3), 2.0, 1.0, 1.0)] == [(0, 3)] * 2
+
+
+# ----------------------------------------------------------------------------
+# Few steps.
+
+
+def test_levels_for_steps():
+    """Those that were measured; EDM's from 32 steps on; between them they end lower the more steps there are."""
+    rows = {n: sampler_2nd.levels_for_steps(n) for n in (1, 6, 7, 8, 10, 12, 20, 31, 32, 1000)}
+    ends = {n: (row['sigma_min'], row['rho']) for n, row in rows.items()}
+    assert ends[6] == ends[1] == pytest.approx((0.08, 30))
+    assert ends[8] == ends[10] == ends[12] == pytest.approx((0.02, 12))
+    assert ends[32] == ends[1000] == (0.002, 7)
+    share = math.log(20 / 12) / math.log(32 / 12)
+    assert ends[20] == pytest.approx((0.02 * 0.1**share, 12 * (7 / 12) ** share))
+    assert list(ends.values()) == sorted(ends.values(), reverse=True)
+    assert ends[31] == pytest.approx(ends[32], rel=0.1)
+
+
+def gaussian_net(x, sigma, class_labels=None):
+    return x / (1 + sigma**2)
+
+
+def draw(**options):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 3, 2, 2, generator=generator, dtype=torch.float64)
+    return ito_taylor_sampler(
+        gaussian_net, latents, randn_like=lambda x: torch.randn(x.shape, generator=generator).to(x), **options
+    )
+
+
+def test_given_levels_are_those_of_the_other_options():
+    levels = sampler_2nd.noise_levels(None, 7, 0.01, 50, 4)
+    wanted = draw(scheme='rk', num_steps=7, sigma_min=0.01, sigma_max=50, rho=4)
+    for sigmas in (levels, levels[:-1], torch.tensor(levels, dtype=torch.float64)):
+        assert torch.equal(draw(scheme='rk', sigmas=sigmas), wanted)
+
+
+def test_rk_has_levels_of_its_own_and_options_win():
+    few = sampler_2nd.noise_levels(None, 8, 0.02, 80, 12)
+    edm_levels = sampler_2nd.noise_levels(None, 8, 0.002, 80, 7)
+    assert torch.allclose(draw(scheme='rk', num_steps=8), draw(scheme='rk', sigmas=few))
+    assert torch.equal(draw(scheme='rk', num_steps=8, sigma_max=80), draw(scheme='rk', sigmas=edm_levels))
+    assert torch.equal(draw(scheme='taylor', num_steps=8), draw(scheme='taylor', sigmas=edm_levels))
+
+
+@pytest.mark.parametrize('sigmas', [[], [1, 2], [2, 2], [math.inf, 1], [2, -1], [2, math.nan], [0], [2, 0, 0]])
+def test_levels_that_are_none(sigmas):
+    with pytest.raises(ValueError, match='noise levels are finite, above 0, and fall'):
+        draw(sigmas=sigmas)
+
+
+def test_levels_that_the_network_does_not_know():
+    def net(x, sigma, class_labels=None):
+        return x
+
+    net.sigma_max = 50
+    with pytest.raises(ValueError, match='sigmas go from 80 to 1; this network knows 0 to 50'):
+        ito_taylor_sampler(net, torch.zeros(1, 2), sigmas=[80, 1])
+
+
+def test_noise_under_guidance():
+    """κ = 1/w, unless eta is given; guidance below 1 is none."""
+    latents = torch.randn(3, 2, dtype=torch.float64)
+
+    def run(guidance, eta=None):
+        net = sampler_2nd.Guided(gaussian_net, lambda x, sigma, labels=None: x / (4 + sigma**2), guidance)
+        generator = torch.Generator().manual_seed(0)
+        noise = lambda x: torch.randn(x.shape, generator=generator).to(x)  # noqa: E731
+        return ito_taylor_sampler(net, latents, randn_like=noise, num_steps=6, scheme='taylor', eta=eta)
+
+    assert torch.equal(run(4), run(4, eta=0.5))
+    assert torch.equal(run(0.5), run(0.5, eta=1))
+    assert not torch.allclose(run(4), run(4, eta=1))
+
+
+def test_the_bound_on_a_change_of_D():
+    """bound·√(σ² + (0.7 rms D)²) per image; smaller changes, and those of other images, stay."""
+    D = torch.full([3, 2, 5], 2.0, dtype=torch.float64)
+    change = torch.ones_like(D) * torch.tensor([0.1, 3.0, 0.0]).double()[:, None, None]
+    limited = sampler_2nd.limited(change, D, 1.0, 0.25)
+    allowed = 0.25 * math.sqrt(1 + 1.4**2)
+    assert torch.equal(limited[0], change[0])
+    assert torch.allclose(limited[1], torch.full([2, 5], allowed, dtype=torch.float64))
+    assert torch.equal(limited[2], change[2])
+
+
+def test_the_bound_leaves_gaussian_images_alone_from_12_evaluations_on(monkeypatch):
+    """Of 64 pixels with standard deviations 1/k: the distance with and without it, on the same noise."""
+    stds = 1 / torch.arange(1, 65, dtype=torch.float64)
+
+    def net(x, sigma, class_labels=None):
+        return x * (stds**2 / (stds**2 + sigma**2))
+
+    def distance(num_steps):
+        generator = torch.Generator().manual_seed(0)
+        noise = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
+        x = ito_taylor_sampler(net, noise(torch.zeros(2000, 64)), None, noise, num_steps, rho=7, scheme='rk')
+        return float((x.square().mean(0).sqrt() - stds).square().sum())
+
+    with_bound = [distance(n) for n in (12, 16, 24)]
+    monkeypatch.setattr(sampler_2nd, 'limited', lambda change, D, sigma, bound: change)
+    without = [distance(n) for n in (12, 16, 24)]
+    assert with_bound == pytest.approx(without, rel=0.03)
+
+
+def pair_of_densities():
+    """Denoisers of normals of standard deviation 0.12 around 120 images of three kinds, and around those of the first.
+
+    As digits, kinds have pixels in common, and images of one kind differ less than kinds do.
+    """
+    generator = torch.Generator().manual_seed(1)
+    sizes = [1, 1], [3, 1], [3, 40]
+    common, kinds, images = (torch.randn(*n, 64, generator=generator, dtype=torch.float64) for n in sizes)
+    points = (0.6 * common + 0.4 * kinds + 0.4 * images).clamp(-1, 1)
+
+    def around(points):
+        def net(x, sigma, class_labels=None):
+            center = (-torch.cdist(x, points).square() / (2 * (0.0144 + sigma**2))).softmax(1) @ points
+            return center + 0.0144 / (0.0144 + sigma**2) * (x - center)
+
+        return net
+
+    return around(points[0]), around(points.flatten(0, 1))
+
+
+@pytest.mark.parametrize('guidance', [4, 7.5, 15])
+def test_guidance_does_not_diverge(guidance):
+    """No pixel grows beyond 1.3 times those of the fine solution, with few steps or many."""
+
+    def largest(num_steps, scheme='rk', **options):
+        generator = torch.Generator().manual_seed(2)
+        latents = torch.randn(300, 64, generator=generator, dtype=torch.float64)
+        noise = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
+        net = sampler_2nd.Guided(*pair_of_densities(), guidance)
+        return float(ito_taylor_sampler(net, latents, None, noise, num_steps, scheme=scheme, **options).abs().max())
+
+    limit = largest(96)
+    assert max(largest(num_steps) for num_steps in (4, 6, 8, 12, 24, 64)) < 1.3 * limit
+    without = sampler_2nd.SCHEMES['rk']._replace(step=functools.partial(sampler_2nd.rk_step, bound=math.inf))
+    assert largest(8, scheme=without, eta=1, rho=7) > 4 * limit

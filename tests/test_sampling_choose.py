@@ -1,6 +1,7 @@
 """sampling/choose.py: one table of samplers, and what each of them takes."""
 
 import math
+from functools import partial
 
 import click
 import pytest
@@ -53,10 +54,16 @@ def test_every_sampler_takes_its_dials_and_no_others(name):
 
 
 def test_options_in_effect_are_those_of_the_command_line():
-    assert choose.options_in_effect(choose.make('rk', num_steps=9, eta=None)) == {
-        **{'steps': 9, 'sigma_min': 0.002, 'sigma_max': 80, 'rho': 7},
-        **{'S_min': 0, 'S_max': math.inf, 'S_noise': 1, 'eta': 1},
-    }
+    noise = {'S_min': 0, 'S_max': math.inf, 'S_noise': 1, 'eta': 1}
+    edm_levels = {'sigma_min': 0.002, 'sigma_max': 80, 'rho': 7}
+    assert choose.options_in_effect(choose.make('rk', num_steps=40, eta=None)) == {'steps': 40, **edm_levels, **noise}
+    few = choose.options_in_effect(choose.make('rk', num_steps=9, eta=None), guidance=4)
+    ends = {'sigma_min': pytest.approx(0.02), 'sigma_max': 80, 'rho': pytest.approx(12)}
+    assert few == {'steps': 9, **ends, **noise, 'eta': 0.5}
+    given = choose.options_in_effect(choose.make('rk', num_steps=9, rho=3))
+    assert given == {'steps': 9, **edm_levels, **noise, 'rho': 3}
+    listed = choose.options_in_effect(partial(choose.make('rk', num_steps=2), sigmas=[80.0, 1.0]))
+    assert listed == {'steps': 2, 'levels': [80.0, 1.0], **noise}
 
 
 def test_a_scheme_of_ones_own_is_a_sampler_by_one_line_in_the_table(monkeypatch):
@@ -70,7 +77,7 @@ def test_a_scheme_of_ones_own_is_a_sampler_by_one_line_in_the_table(monkeypatch)
 
     latents = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
     drawn = {
-        name: choose.make(name, num_steps=8)(net, latents, randn_like=sampler_2nd.BrownianPath([4, 5, 6]))
+        name: choose.make(name, num_steps=8, rho=7)(net, latents, randn_like=sampler_2nd.BrownianPath([4, 5, 6]))
         for name in ('mine', 'rk', 'taylor')
     }
     assert torch.equal(drawn['mine'], drawn['rk'])
