@@ -235,7 +235,7 @@ def diffusers_vp(name: str, stochastic: bool, **config: Any) -> Callable[..., to
 
 def tau_of_sa_solver(sigma: torch.Tensor) -> int:
     """Where SA-Solver adds noise, as diffusers ships it: from timestep 200 to 800 of its VP-SDE, these levels."""
-    return int(0.7236 <= sigma <= 25.74)
+    return int(0.7215 < sigma < 25.84)
 
 
 @contextlib.contextmanager
@@ -319,9 +319,11 @@ def make(
         sigmas: noise levels instead of those of the options before, descending; a 0 at their end may be left out.
     """
 
+    given = None if sigmas is None else with_zero(sigmas)
+
     @torch.no_grad()
     def sampler(net, latents, class_labels=None, randn_like=torch.randn_like):
-        levels = given_levels(sigmas) or sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+        levels = given or sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
         network = sampler_2nd.Denoiser(net, class_labels)
         x = latents.to(sampler_2nd.state_dtype(latents.device)) * levels[0]
 
@@ -333,15 +335,15 @@ def make(
     return sampler
 
 
-def given_levels(sigmas: Sequence[float] | None) -> list[float]:
-    """The noise levels with 0 at their end; [] of None.
+def with_zero(sigmas: Sequence[float]) -> list[float]:
+    """The noise levels with 0 at their end.
 
     Raises:
-        ValueError: they do not descend, or are fewer than two.
+        ValueError: they are not two or more, or do not descend to above 0.
     """
-    if sigmas is None:
-        return []
-    levels = [float(sigma) for sigma in sigmas if sigma != 0] + [0.0]
+    levels = [float(sigma) for sigma in sigmas]
+    if levels[-1:] != [0]:
+        levels.append(0.0)
     if len(levels) < 3 or not all(s > t for s, t in itertools.pairwise(levels)):
-        raise ValueError(f'sigmas={list(sigmas)} are not two noise levels or more in descending order')
+        raise ValueError(f'sigmas={list(sigmas)} are not two or more descending noise levels')
     return levels
