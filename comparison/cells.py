@@ -36,7 +36,7 @@ class Cell:
 
     def make(self) -> Callable[..., torch.Tensor]:
         """The sampler; ValueError from it if it diverges, where to_uint8 would make arbitrary pixels of it."""
-        maker = peers.make if self.sampler in peers.PEERS else choose.make
+        maker: Callable[..., Any] = peers.make if self.sampler in peers.PEERS else choose.make
         sampler = maker(self.sampler, num_steps=self.num_steps, **dict(self.settings))
 
         def checked(*args, **kwargs):

@@ -7,8 +7,10 @@
     noise.fresh(…)      a standard normal, independent of all others
 
 They run as their authors ship them: k-diffusion 0.1.1, torchsde 0.2.6, diffusers 0.42. `INSTALL` says how to get them.
+Those of comparison/rivals.py are written from the papers, and need no package.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,13 +18,14 @@ import itertools
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
 import torch
 
 import sampler_2nd
+from comparison import rivals
 
 # k-diffusion asks for wandb, clip-anytorch and torchvision, which its samplers do not use.
 INSTALL = 'pip install -e ".[bench]" && pip install --no-deps k-diffusion'
@@ -197,25 +200,65 @@ def diffusers_dpm(denoise, x, sigmas, noise):
     )
     scheduler.set_timesteps(len(sigmas) - 1)
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
-    module: Any = sys.modules[type(scheduler).__module__]
-    draw = module.randn_tensor
-    module.randn_tensor = lambda *args, **kwargs: noise.fresh()
-    try:
+    with drawing_from(noise, scheduler):
         for sigma, timestep in zip(sigmas[:-1], scheduler.timesteps, strict=True):
             c_skip = 0.25 / (0.25 + sigma**2)
             c_out = 0.5 * sigma / math.sqrt(0.25 + sigma**2)
             scheduler.scale_model_input(x, timestep)
             F = (denoise(x, torch.tensor(sigma, dtype=torch.float64)) - c_skip * x) / c_out
             x = scheduler.step(F, timestep, x).prev_sample
+    return x
+
+
+def diffusers_vp(name: str, stochastic: bool, **config: Any) -> Callable[..., torch.Tensor]:
+    """A scheduler of diffusers for VP networks, at our levels, which it takes in the dtype of x.
+
+    Its state is x/√(1 + σ²), and its λ = ln α_t − ln σ_t is −ln σ exactly. We call σ its timestep, for `tau_func`. It
+    counts the step to level 0 when it lowers the order of the last ones, but we take that step: x = D, where SA-Solver
+    computes 0·∞.
+    """
+
+    def sampler(denoise, x, sigmas, noise):
+        scheduler = getattr(needs('diffusers'), name)(prediction_type='sample', **config)
+        scheduler.sigmas = torch.tensor(sigmas, dtype=x.dtype)  # these four lines are what set_timesteps does
+        scheduler.timesteps = scheduler.sigmas[:-1]
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+        scheduler.set_begin_index(0)
+        scales = (1 + scheduler.timesteps**2).sqrt().tolist()
+        with drawing_from(noise, scheduler) if stochastic else contextlib.nullcontext():
+            for sigma, (scale, scale_next) in zip(scheduler.timesteps[:-1], itertools.pairwise(scales), strict=True):
+                x = scale_next * scheduler.step(denoise(x, sigma), sigma, x / scale).prev_sample
+        return denoise(x, scheduler.timesteps[-1])
+
+    return sampler
+
+
+def tau_of_sa_solver(sigma: torch.Tensor) -> int:
+    """Where SA-Solver adds noise, as diffusers ships it: from timestep 200 to 800 of its VP-SDE, these levels."""
+    return int(0.7215 < sigma < 25.84)
+
+
+@contextlib.contextmanager
+def drawing_from(noise: Any, scheduler: Any) -> Iterator[None]:
+    """Let a scheduler of diffusers take its normals from `noise`."""
+    module: Any = sys.modules[type(scheduler).__module__]
+    draw = module.randn_tensor
+    module.randn_tensor = lambda *args, **kwargs: noise.fresh()
+    try:
+        yield
     finally:
         module.randn_tensor = draw
-    return x
 
 
 # ----------------------------------------------------------------------------
 # The list.
 
 PACKAGES = {'k-diffusion': 'k_diffusion', 'diffusers': 'diffusers', 'torchsde': 'torchsde'}  # name → module
+
+
+# As their authors recommend without guidance. UniPC with data prediction, the default, goes far off at few evaluations.
+UNIPC = diffusers_vp('UniPCMultistepScheduler', False, solver_order=3, solver_type='bh1', predict_x0=False)
+SA_SOLVER = diffusers_vp('SASolverScheduler', True, predictor_order=3, corrector_order=4, tau_func=tau_of_sa_solver)
 
 
 class Solver(NamedTuple):
@@ -240,12 +283,20 @@ PEERS = {
     'torchsde-srk': Solver(torchsde_srk, True, 2, -1),
     'k-diffusion-heun': Solver(k_diffusion('sample_heun', stochastic=False), False, 2, -1),
     'k-diffusion-dpmpp_2m': Solver(k_diffusion('sample_dpmpp_2m', stochastic=False), False),
+    'er-sde-3': Solver(rivals.er_sde_3, True),
+    'seeds-3': Solver(rivals.seeds_3, True, 3, -2),
+    'diffusers-sa-solver': Solver(SA_SOLVER, True),
+    'ipndm-3': Solver(rivals.ipndm_3, False),
+    'ipndm-v-3': Solver(rivals.ipndm_v_3, False),
+    'deis-3': Solver(rivals.deis_3, False),
+    'dpm-solver-3': Solver(rivals.dpm_solver_3, False),
+    'diffusers-unipc-3': Solver(UNIPC, False),
 }
 
 
-def package_of(name: str) -> str:
-    """'k-diffusion-heun' → 'k-diffusion', as pip knows it."""
-    return next(package for package in PACKAGES if name.startswith(package))
+def package_of(name: str) -> str | None:
+    """'k-diffusion-heun' → 'k-diffusion', as pip knows it; None: written here."""
+    return next((package for package in PACKAGES if name.startswith(package)), None)
 
 
 def installed() -> dict[str, Solver]:
@@ -254,18 +305,45 @@ def installed() -> dict[str, Solver]:
     return {name: sampler for name, sampler in PEERS.items() if package_of(name) not in missing}
 
 
-def make(name: str, num_steps: int, rho: float) -> Callable[..., torch.Tensor]:
-    """A peer as `sampling.choose.make` makes ours: the same noise levels, and the random numbers of the seeds."""
+def make(
+    name: str,
+    num_steps: int = 18,
+    rho: float = 7,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    sigmas: Sequence[float] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """A peer as `sampling.choose.make` makes ours: the same noise levels, and the random numbers of the seeds.
+
+    Args:
+        sigmas: noise levels instead of those of the options before, descending; a 0 at their end may be left out.
+    """
+
+    given = None if sigmas is None else with_zero(sigmas)
 
     @torch.no_grad()
     def sampler(net, latents, class_labels=None, randn_like=torch.randn_like):
-        sigmas = sampler_2nd.noise_levels(net, num_steps, sigma_min=0.002, sigma_max=80, rho=rho)
+        levels = given or sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
         network = sampler_2nd.Denoiser(net, class_labels)
-        x = latents.to(sampler_2nd.state_dtype(latents.device)) * sigmas[0]
+        x = latents.to(sampler_2nd.state_dtype(latents.device)) * levels[0]
 
         def denoise(x, sigma):
             return network(x, torch.as_tensor(sigma).reshape(-1)[0])
 
-        return PEERS[name].run(denoise, x, sigmas, SeededNoise(x, randn_like))
+        return PEERS[name].run(denoise, x, levels, SeededNoise(x, randn_like))
 
     return sampler
+
+
+def with_zero(sigmas: Sequence[float]) -> list[float]:
+    """The noise levels with 0 at their end.
+
+    Raises:
+        ValueError: they are not two or more, or do not descend to above 0.
+    """
+    levels = [float(sigma) for sigma in sigmas]
+    if levels[-1:] != [0]:
+        levels.append(0.0)
+    if len(levels) < 3 or not all(s > t for s, t in itertools.pairwise(levels)):
+        raise ValueError(f'sigmas={list(sigmas)} are not two or more descending noise levels')
+    return levels

@@ -143,7 +143,8 @@ class Comparison:
         parameters = sum(each.numel() for each in net.parameters())
         size = f'{net.img_resolution}×{net.img_resolution}, {net.img_channels} channel{"s" * (net.img_channels > 1)}'
         classes = f'{net.label_dim} classes' if net.label_dim else 'no classes'
-        used = report.unique(peers.package_of(cell.sampler) for cell in self.cells if cell.sampler in peers.PEERS)
+        packages = [peers.package_of(cell.sampler) for cell in self.cells if cell.sampler in peers.PEERS]
+        used = report.unique(name for name in packages if name is not None)
         return {
             'Network': f'{type(net).__name__}, {parameters / 1e6:.2f} M parameters, {size}, {classes}',
             'Its SHA-256': self.identity['network'],

@@ -11,6 +11,9 @@ from benchmarks import gaussian_fd, kernel_density, mixture, orders, solvers
 from comparison import peers
 
 CI_EVALUATIONS = (16, 32, 64)
+FEW = {  # peers for few evaluations, some of which are nearer than rk
+    'er-sde-3', 'seeds-3', 'ipndm-3', 'ipndm-v-3', 'deis-3', 'dpm-solver-3', 'diffusers-unipc-3', 'diffusers-sa-solver',
+}  # fmt: skip
 NOISES = [(0, math.inf), (0.5, math.inf), (1, math.inf), (1, 5)]  # eta, S_max of rk
 
 
@@ -19,13 +22,33 @@ def samplers():
     return solvers.rivals() | solvers.OURS
 
 
+def other_rivals():
+    return {name: each for name, each in solvers.rivals().items() if name not in FEW}
+
+
 @pytest.mark.parametrize(('eta', 'S_max'), NOISES)
 @pytest.mark.parametrize(('spectrum', 'rho'), [('power', 7), ('two-scale', 7), ('power', 3), ('two-scale', 3)])
-def test_rk_has_the_smallest_exact_frechet_distance(spectrum, rho, eta, S_max):
-    rivals = gaussian_fd.table(spectrum, rho, solvers.rivals(), CI_EVALUATIONS)
+def test_rk_has_a_smaller_exact_frechet_distance(spectrum, rho, eta, S_max):
+    rivals = gaussian_fd.table(spectrum, rho, other_rivals(), CI_EVALUATIONS)
     [ours] = gaussian_fd.table(spectrum, rho, {'rk': rk_with(eta, S_max)}, CI_EVALUATIONS).values()
     for name, values in rivals.items():
         assert all(mine < theirs / 2 for mine, theirs in zip(ours, values, strict=True)), name
+
+
+@pytest.mark.parametrize(
+    ('spectrum', 'rho', 'nearer'),
+    [
+        ('power', 7, {'ipndm-3', 'deis-3', 'dpm-solver-3', 'diffusers-unipc-3'}),
+        ('two-scale', 7, {'ipndm-3', 'deis-3', 'dpm-solver-3', 'diffusers-unipc-3'}),
+        ('power', 3, {'ipndm-3', 'deis-3', 'dpm-solver-3', 'diffusers-unipc-3', 'er-sde-3'}),
+        ('two-scale', 3, {'ipndm-3', 'deis-3', 'diffusers-unipc-3'}),
+    ],
+)
+def test_rivals_that_have_a_smaller_exact_frechet_distance(spectrum, rho, nearer):
+    """With 16 evaluations, than rk with all noise."""
+    distances = gaussian_fd.table(spectrum, rho, solvers.rivals() | {'rk': rk_with(1, math.inf)}, [16])
+    [ours] = distances.pop('rk')
+    assert {name for name, [theirs] in distances.items() if theirs < ours} == nearer & distances.keys()
 
 
 def rk_with(eta, S_max):
@@ -156,17 +179,27 @@ def test_peer_defect_diffusers_third_order_sde_does_not_run():
         scheduler.step(torch.zeros_like(x), scheduler.timesteps[2], x)
 
 
-@pytest.mark.parametrize(('eta', 'S_max'), NOISES)
-def test_rk_is_nearest_to_a_kernel_density_of_digits(eta, S_max):
-    """Its exact denoiser is anything but linear. 2,000 samples: the data's own distance is 0.09."""
+def distances_to_digits(samplers):
+    """From a kernel density, whose exact denoiser is anything but linear. 2,000 samples: the data's own is 0.09."""
     density = kernel_density.KernelDensity(torch.tensor(gaussian_fd.small_digits()), 0.2)
-    rivals = {name: each for name, each in solvers.rivals().items() if each.stochastic == (eta > 0)}
-    distances = {
-        name: kernel_density.distance(density, sampler, 12, 7, 2000, seed=0)
-        for name, sampler in {'rk': rk_with(eta, S_max), **rivals}.items()
-    }
+    return {name: kernel_density.distance(density, each, 12, 7, 2000, seed=0) for name, each in samplers.items()}
+
+
+@pytest.mark.parametrize(('eta', 'S_max'), NOISES)
+def test_rk_is_nearer_to_a_kernel_density_of_digits(eta, S_max):
+    rivals = {name: each for name, each in other_rivals().items() if each.stochastic == (eta > 0)}
+    distances = distances_to_digits({'rk': rk_with(eta, S_max), **rivals})
     ours = distances.pop('rk')
     assert all(ours < theirs / 2 for theirs in distances.values()), (ours, distances)
+
+
+def test_rivals_that_are_nearer_to_a_kernel_density_of_digits():
+    """By a quarter and more, than rk with all noise."""
+    few = {name: each for name, each in solvers.rivals().items() if name in FEW}
+    distances = distances_to_digits({'rk': rk_with(1, math.inf), **few})
+    ours = distances.pop('rk')
+    nearer = {'er-sde-3', 'ipndm-3', 'deis-3', 'dpm-solver-3', 'diffusers-unipc-3'}
+    assert {name for name, theirs in distances.items() if theirs < 0.75 * ours} == nearer & distances.keys()
 
 
 def test_denoiser_of_a_kernel_density_is_that_of_tweedies_formula():

@@ -29,6 +29,8 @@ def network(tmp_path_factory):
         ('taylor', {'rho': 7, 'eta': 1}, 8, (8, 7)),
         ('taylor', {'rho': 7, 'eta': 0.5}, 8, (8, 7)),
         ('rk', {'rho': 7}, 16, (16, 0)),
+        ('er-sde-3', {'rho': 7}, 16, (16, 0)),
+        ('seeds-3', {'rho': 7}, 6, (16, 0)),
         pytest.param('k-diffusion-dpmpp_2m_sde', {'rho': 7}, 16, (16, 0), marks=NEEDS_K_DIFFUSION),
         pytest.param('k-diffusion-dpmpp_sde', {'rho': 7}, 8, (15, 0), marks=NEEDS_K_DIFFUSION),
     ],
@@ -84,6 +86,39 @@ def test_heun_is_the_same_through_the_adapter(network):
         for name in ('heun', 'k-diffusion-heun')
     )
     assert np.abs(one[1].astype(int) - other[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ('options', 'levels'),
+    [
+        ({'num_steps': 3, 'rho': 2, 'sigma_max': 100, 'sigma_min': 1}, [100, 30.25, 1]),
+        ({'num_steps': 3}, [80, 2.5152190, 0.002]),
+        ({'sigmas': [40, 3, 0.5, 0.01]}, [40, 3, 0.5, 0.01]),
+        ({'sigmas': [40, 3, 0.01, 0], 'num_steps': 9, 'rho': 3, 'sigma_max': 7}, [40, 3, 0.01]),
+    ],
+)
+def test_a_peer_takes_any_levels(options, levels):
+    seen = []
+
+    def net(x, sigma, class_labels=None):
+        seen.append(float(sigma))
+        return 0 * x
+
+    peers.make('ipndm-3', **options)(net, torch.ones(1, 1, 2, 2))
+    assert seen == pytest.approx(levels)
+
+
+@pytest.mark.parametrize('sigmas', [[], [80], [80, 0], [0, 80], [80, 90, 1], [80, 1, -1], [80, math.nan]])
+def test_levels_of_a_peer_descend(sigmas):
+    with pytest.raises(ValueError, match='are not two or more descending noise levels'):
+        peers.make('ipndm-3', sigmas=sigmas)
+
+
+def test_package_of_a_peer():
+    assert [peers.package_of(name) for name in ('k-diffusion-heun', 'diffusers-unipc-3', 'deis-3')] == [
+        'k-diffusion', 'diffusers', None,
+    ]  # fmt: skip
+    assert {'er-sde-3', 'seeds-3', 'ipndm-3', 'ipndm-v-3', 'deis-3', 'dpm-solver-3'} <= peers.installed().keys()
 
 
 def test_noise_of_a_peer_is_brownian_motion():
