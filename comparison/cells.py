@@ -27,17 +27,22 @@ def ours() -> dict[str, choose.Sampler]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A sampler with all of its settings. `group`: the budget or the number of steps that was asked for."""
+    """A sampler with all of its settings. `group`: the budget or the number of steps that was asked for.
+
+    `sigmas`: noise levels instead of those of the settings; `levels`: what they are called.
+    """
 
     sampler: str
     settings: tuple[tuple[str, float], ...]
     num_steps: int
     group: int
+    sigmas: tuple[float, ...] | None = None
+    levels: str = ''
 
     def make(self) -> Callable[..., torch.Tensor]:
         """The sampler; ValueError from it if it diverges, where to_uint8 would make arbitrary pixels of it."""
         maker: Callable[..., Any] = peers.make if self.sampler in peers.PEERS else choose.make
-        sampler = maker(self.sampler, num_steps=self.num_steps, **dict(self.settings))
+        sampler = maker(self.sampler, num_steps=self.num_steps, sigmas=self.sigmas, **dict(self.settings))
 
         def checked(*args, **kwargs):
             images = sampler(*args, **kwargs)
@@ -49,12 +54,13 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         settings = {**dict(self.settings), 'num_steps': self.num_steps}
-        return {'sampler': self.sampler, 'version of the samplers': draw.IMAGE_VERSION, **settings}
+        levels = {} if self.sigmas is None else {'levels': list(self.sigmas)}
+        return {'sampler': self.sampler, 'version of the samplers': draw.IMAGE_VERSION, **settings, **levels}
 
     def label(self, varied: set[str]) -> str:
         """The sampler's name, and those settings that are unusual or differ between cells."""
         told = [f'{name} {value:g}' for name, value in self.settings if name in varied or value != DEFAULTS.get(name)]
-        return ', '.join([self.sampler, *told])
+        return ', '.join([self.sampler, *told, *([self.levels] if self.levels else [])])
 
 
 # ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -14,7 +14,7 @@ from comparison import peers, report
 from comparison.cells import Cell, affordable_steps, count_work, ours
 from comparison.run import Comparison
 from dnnlib.options import ListOf, at_least_one, non_negative, positive, user_path
-from sampling import networks
+from sampling import levels, networks, run_record
 
 BUDGETS = [8, 16, 32]
 OLD_WORDS = {'db': 'heun', 'ddb': 'taylor'}
@@ -34,6 +34,18 @@ class SamplerName(click.ParamType):
         return value
 
 
+class LevelsName(levels.Levels):
+    """'own', 'edm', or a file of a curve → the word, or (the file's name, a `LossCurve`)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ('own', 'edm') or not isinstance(value, str):
+            return value
+        curve = super().convert(value, param, ctx)
+        if not isinstance(curve, levels.LossCurve):
+            self.fail(f'{value!r} is neither own nor edm nor a file of tune.py', param, ctx)
+        return os.path.basename(value), curve
+
+
 # ruff: noqa: E501 – options stand in a table, one per line
 # fmt: off
 OPTIONS = [
@@ -41,7 +53,9 @@ OPTIONS = [
     click.option('--samplers', help=f'Some of {", ".join([*ours(), *peers.PEERS])}', metavar='LIST', type=ListOf(SamplerName()), default='heun,taylor,rk'),
     click.option('--evaluations', help='Budgets: each sampler makes the steps that they pay for; a JVP costs one more', metavar='LIST', type=ListOf(click.IntRange(min=2)), show_default=','.join(map(str, BUDGETS))),
     click.option('--steps', help='The same steps for all instead, whatever they cost', metavar='LIST', type=ListOf(at_least_one)),
-    click.option('--rho', help='Time step exponents', metavar='LIST', type=ListOf(positive), default='7'),
+    click.option('--levels', help='Noise levels: own (rk: as in generate.py; others: edm), edm, or files of tune.py', metavar='LIST', type=ListOf(LevelsName()), default='own'),
+    click.option('--rho', help='Time step exponents, instead of --levels', metavar='LIST', type=ListOf(positive)),
+    click.option('--sigma_min', help='With --rho: lowest noise levels', metavar='LIST', type=ListOf(positive), show_default='0.002'),
     click.option('--eta', help='rk, taylor, euler: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='1'),
     click.option('--S_churn', 'S_churn', help='heun: amounts of noise', metavar='LIST', type=ListOf(non_negative), default='0'),
     click.option('--S_min', 'S_min', help='Ours: lowest noise level with noise added', metavar='FLOAT', type=non_negative, show_default='0'),
@@ -69,6 +83,10 @@ def check_options(context: click.Context, opts: dnnlib.EasyDict) -> None:
     """Raise click.UsageError for options that would be without effect, or do not go together."""
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise click.UsageError('a comparison is one process; run it without torchrun')
+    if opts.rho is not None and opts.levels != ['own']:
+        raise click.UsageError('--rho and --levels exclude each other')
+    if opts.sigma_min is not None and opts.rho is None:
+        raise click.UsageError('--sigma_min needs --rho')
     if opts.steps is not None and opts.evaluations is not None:
         raise click.UsageError('--steps=N fixes the steps and --evaluations=N what they cost; give one of them')
     peer = next((name for name in opts.samplers if name in peers.PEERS), None)
@@ -95,11 +113,38 @@ def make_cells(opts: dnnlib.EasyDict) -> list[Cell]:
     """
     cells = []
     for name in opts.samplers:
-        for rho, noise, group in itertools.product(opts.rho, noises(name, opts), groups(opts)):
-            settings = tuple(({'rho': rho} | noise).items())
+        for where, noise, group in itertools.product(levels_of(name, opts), noises(name, opts), groups(opts)):
+            settings = tuple((where.settings | noise).items())
             num_steps = group if opts.steps is not None else affordable_steps(name, settings, group)
-            cells.append(Cell(name, settings, num_steps, group))
+            sigmas = None if where.curve is None else tuple(where.curve.levels(num_steps))
+            cells.append(Cell(name, settings, num_steps, group, sigmas, where.title))
     return cells
+
+
+class Where(NamedTuple):
+    """Which noise levels: those of the settings, or of a curve; and what they are called."""
+
+    settings: dict[str, float]
+    curve: levels.LossCurve | None = None
+    title: str = ''
+
+
+def levels_of(sampler: str, opts: dnnlib.EasyDict) -> list[Where]:
+    """The noise levels that --levels or --rho ask for."""
+    edm = Where({'rho': 7.0})
+    if opts.rho is not None:
+        pairs = itertools.product(opts.rho, opts.sigma_min or [None])
+        return [Where({'rho': rho} | ({'sigma_min': low} if low else {})) for rho, low in pairs]
+    found = []
+    for each in opts.levels:
+        if isinstance(each, tuple):
+            found.append(Where({}, each[1], f'levels of {each[0]}'))
+        elif each == 'own' and sampler == 'rk':
+            path = levels.beside(opts.network)
+            found.append(Where({}, levels.read_curve(path) if os.path.isfile(path) else None, 'own levels'))
+        else:
+            found.append(edm)
+    return list({each.title: each for each in found}.values())
 
 
 def groups(opts: dnnlib.EasyDict) -> list[int]:
@@ -126,13 +171,23 @@ def cells_table(cells: Sequence[Cell], images: int) -> str:
     for cell in cells:
         calls, jvp_calls = count_work(cell)
         total += (calls + jvp_calls) * images
-        settings = ', '.join(f'{name} {value:g}' for name, value in cell.settings)
+        settings = ', '.join([*(f'{name} {value:g}' for name, value in cell.settings), *filter(None, [cell.levels])])
         lines.append(f'| {cell.sampler} | {settings} | {cell.num_steps} | {calls} | {jvp_calls} |')
     return '\n'.join([*lines, '', f'{len(cells)} cells of {images} images: {total:,} evaluations'])
 
 
 def carry_out(comparison: Comparison, opts: dnnlib.EasyDict, command: str) -> None:
-    """Run it; the table goes to stdout, and where the report is to stderr."""
+    """Run it; the table goes to stdout, and where the report is to stderr.
+
+    Raises:
+        ValueError: the levels of `rk` belong to another network.
+    """
+    own = next((cell for cell in comparison.cells if cell.sampler == 'rk' and cell.levels == 'own levels'), None)
+    if own is not None and own.sigmas is not None:
+        path = levels.beside(opts.network)
+        if levels.read_curve(path).network != run_record.fingerprint(comparison.net):
+            raise ValueError(f'{path} belongs to another network; tune.py makes one for this, or use --levels=edm')
+        click.echo(f'rk: noise levels from {path}', err=True)
     by_evaluations, cells = opts.steps is None, comparison.cells
     frame = report.Report(
         title=f'Samplers on {os.path.basename(opts.network)}',

@@ -316,14 +316,15 @@ def make(
     """A peer as `sampling.choose.make` makes ours: the same noise levels, and the random numbers of the seeds.
 
     Args:
-        sigmas: noise levels instead of those of the options before, descending; a 0 at their end may be left out.
+        sigmas: noise levels instead of those of the options before, as for `sampler_2nd.ito_taylor_sampler`.
     """
-
-    given = None if sigmas is None else with_zero(sigmas)
 
     @torch.no_grad()
     def sampler(net, latents, class_labels=None, randn_like=torch.randn_like):
-        levels = given or sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+        if sigmas is None:
+            levels = sampler_2nd.noise_levels(net, num_steps, sigma_min, sigma_max, rho)
+        else:
+            levels = sampler_2nd.given_levels(net, sigmas)
         network = sampler_2nd.Denoiser(net, class_labels)
         x = latents.to(sampler_2nd.state_dtype(latents.device)) * levels[0]
 
@@ -333,17 +334,3 @@ def make(
         return PEERS[name].run(denoise, x, levels, SeededNoise(x, randn_like))
 
     return sampler
-
-
-def with_zero(sigmas: Sequence[float]) -> list[float]:
-    """The noise levels with 0 at their end.
-
-    Raises:
-        ValueError: they are not two or more, or do not descend to above 0.
-    """
-    levels = [float(sigma) for sigma in sigmas]
-    if levels[-1:] != [0]:
-        levels.append(0.0)
-    if len(levels) < 3 or not all(s > t for s, t in itertools.pairwise(levels)):
-        raise ValueError(f'sigmas={list(sigmas)} are not two or more descending noise levels')
-    return levels

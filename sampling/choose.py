@@ -6,7 +6,7 @@ Whoever needs a sampler asks here: `make('rk', num_steps=40)` is a function of (
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,8 +90,8 @@ def name_of(sampler: str | None, randn_like: str | None, scheme: str | None, opt
     return 'ablation' if ablated and sampler in (None, 'heun') else sampler or 'heun'
 
 
-def make(name: str, **options: Any) -> partial[torch.Tensor]:
-    """The sampler of this name, with the options that were given (those not None) bound to it.
+def make(name: str, sigmas: Sequence[float] | None = None, **options: Any) -> partial[torch.Tensor]:
+    """The sampler of this name, with the noise levels and the options that were given (those not None) bound to it.
 
     Raises:
         click.UsageError: an option that this sampler does not have, or a value that nothing can be computed with.
@@ -105,6 +105,10 @@ def make(name: str, **options: Any) -> partial[torch.Tensor]:
             raise click.UsageError(f'--{option}={value} is not a number to compute with')
     if given.get('S_min', 0) > given.get('S_max', math.inf):
         raise click.UsageError(f'--S_min={given["S_min"]:g} is above --S_max={given["S_max"]:g}')
+    if sigmas is not None:
+        if name == 'ablation':
+            raise click.UsageError('--levels is not for --sampler=ablation, whose levels follow from --disc')
+        given['sigmas'] = list(sigmas)
     return partial(table[name].function, **given)
 
 

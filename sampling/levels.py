@@ -164,8 +164,9 @@ def choose_levels(chosen: Any, sampler: partial, net: Any, network: str, guidanc
             dist.print0(f'Warning: {beside(network)} belongs to another network; tune.py makes one for this')
             return sampler
         dist.print0(f'Noise levels from {beside(network)}')
-    elif own:
-        raise click.UsageError(f'--levels and --{min(own)} exclude each other')
+    elif own or 'discretization' in sampler.keywords:
+        option = min(own, default='disc')
+        raise click.UsageError(f'--levels and --{option} exclude each other')
     if chosen == 'edm':
         return partial(sampler, **sampler_2nd.EDM_LEVELS)
     if isinstance(chosen, LossCurve):
