@@ -60,7 +60,7 @@ class Cell:
     def label(self, varied: set[str]) -> str:
         """The sampler's name, and those settings that are unusual or differ between cells."""
         told = [f'{name} {value:g}' for name, value in self.settings if name in varied or value != DEFAULTS.get(name)]
-        return ', '.join([self.sampler, *told, *([self.levels] if self.levels else [])])
+        return ', '.join([self.sampler, *told, *([self.levels] if 'levels' in varied else [])])
 
 
 # ----------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class Where(NamedTuple):
 
 def levels_of(sampler: str, opts: dnnlib.EasyDict) -> list[Where]:
     """The noise levels that --levels or --rho ask for."""
-    edm = Where({'rho': 7.0})
+    edm = Where({'rho': 7.0}, title='EDM levels')
     if opts.rho is not None:
         pairs = itertools.product(opts.rho, opts.sigma_min or [None])
         return [Where({'rho': rho} | ({'sigma_min': low} if low else {})) for rho, low in pairs]

@@ -9,8 +9,8 @@ from tiny_network import save_network
 
 import dnnlib
 from comparison import command, peers
-from comparison.cells import Cell, affordable_steps, count_work
-from sampling import choose, draw, networks
+from comparison.cells import Cell, OnePixel, affordable_steps, count_work
+from sampling import choose, draw, levels, networks
 
 NEEDS_K_DIFFUSION = pytest.mark.skipif('k-diffusion-heun' not in peers.installed(), reason='needs k-diffusion')
 
@@ -45,6 +45,7 @@ def test_each_sampler_has_its_own_dials():
     opts = dnnlib.EasyDict(
         samplers=['heun', 'taylor', 'rk'], rho=[3.0, 7.0], eta=[0.0, 1.0], S_churn=[0.0, 40.0], steps=[5]
     )
+    opts.sigma_min = None
     opts |= {'S_min': 0.05, 'S_max': [math.inf], 'S_noise': None}
     cells = command.make_cells(opts)
     assert [cell.label({'rho'}) for cell in cells] == [
@@ -58,6 +59,7 @@ def test_noise_is_limited_where_there_is_some():
     opts = dnnlib.EasyDict(
         samplers=['heun', 'rk', 'k-diffusion-heun'], rho=[7.0], eta=[0.0, 1.0], S_churn=[0.0], steps=[5]
     )
+    opts.sigma_min = None
     opts |= {'S_min': None, 'S_max': [5.0, math.inf], 'S_noise': 1.01}
     cells = command.make_cells(opts)
     assert [cell.settings[1:] for cell in cells] == [
@@ -108,10 +110,38 @@ def test_a_peer_takes_any_levels(options, levels):
     assert seen == pytest.approx(levels)
 
 
-@pytest.mark.parametrize('sigmas', [[], [80], [80, 0], [0, 80], [80, 90, 1], [80, 1, -1], [80, math.nan]])
+@pytest.mark.parametrize('sigmas', [[], [0, 80], [80, 90, 1], [80, 1, -1], [80, math.nan]])
 def test_levels_of_a_peer_descend(sigmas):
-    with pytest.raises(ValueError, match='are not two or more descending noise levels'):
-        peers.make('ipndm-3', sigmas=sigmas)
+    with pytest.raises(ValueError, match='noise levels are finite, above 0, and fall'):
+        peers.make('ipndm-3', sigmas=sigmas)(OnePixel(), torch.zeros(1, 1, 1, 1))
+
+
+def test_levels_that_are_asked_for(tmp_path):
+    """Own: the curve beside the network for rk, EDM's for others; a file: the same for all."""
+    network = str(tmp_path / 'net.pkl')
+    mine, given = (levels.LossCurve((80, 1, 0.01), (1.0, low, 1e-9)) for low in (0.3, 0.1))
+    mine.save(levels.beside(network))
+    opts = dnnlib.EasyDict(samplers=['rk', 'er-sde-3'], rho=None, network=network, eta=[1.0], S_churn=[0.0], steps=[4])
+    opts |= {'S_min': None, 'S_max': [math.inf], 'S_noise': None, 'levels': ['own', 'edm', ('a.json', given)]}
+    found = [(cell.label({'levels'}), dict(cell.settings).get('rho'), cell.sigmas) for cell in command.make_cells(opts)]
+    assert found == [
+        ('rk, own levels', None, tuple(mine.levels(4))), ('rk, EDM levels', 7, None),
+        ('rk, levels of a.json', None, tuple(given.levels(4))),
+        ('er-sde-3, EDM levels', 7, None), ('er-sde-3, levels of a.json', None, tuple(given.levels(4))),
+    ]  # fmt: skip
+
+
+def test_a_cell_samples_at_its_levels():
+    seen = []
+
+    def net(x, sigma, class_labels=None):
+        seen.append(float(sigma))
+        return x / (1 + sigma**2)
+
+    for name in ('er-sde-3', 'heun'):
+        seen.clear()
+        Cell(name, (), 3, 3, sigmas=(50.0, 5.0, 0.1)).make()(net, torch.ones(1, 1, 2, 2))
+        assert list(dict.fromkeys(seen)) == pytest.approx([50, 5, 0.1])
 
 
 def test_package_of_a_peer():
