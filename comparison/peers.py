@@ -214,21 +214,21 @@ def diffusers_vp(name: str, stochastic: bool, **config: Any) -> Callable[..., to
     """A scheduler of diffusers for VP networks, at our levels, which it takes in the dtype of x.
 
     Its state is x/√(1 + σ²), and its λ = ln α_t − ln σ_t is −ln σ exactly. We call σ its timestep, for `tau_func`. It
-    counts the step to level 0 when it lowers the order of the last ones, but we take that step: x = D, where SA-Solver
-    computes 0·∞.
+    goes to the last level, with the lower orders that it has at its end, and x = D is the step from there to 0: in the
+    words of UniPC's authors, `denoise_to_zero`. (SA-Solver has 0·∞ there.)
     """
 
     def sampler(denoise, x, sigmas, noise):
         scheduler = getattr(needs('diffusers'), name)(prediction_type='sample', **config)
-        scheduler.sigmas = torch.tensor(sigmas, dtype=x.dtype)  # these four lines are what set_timesteps does
-        scheduler.timesteps = scheduler.sigmas[:-1]
-        scheduler.num_inference_steps = len(scheduler.timesteps)
+        levels = torch.tensor(sigmas[:-1], dtype=x.dtype)
+        scheduler.sigmas, scheduler.timesteps = levels, levels[:-1]  # in place of set_timesteps
+        scheduler.num_inference_steps = len(levels) - 1
         scheduler.set_begin_index(0)
-        scales = (1 + scheduler.timesteps**2).sqrt().tolist()
+        scales = (1 + levels**2).sqrt().tolist()
         with drawing_from(noise, scheduler) if stochastic else contextlib.nullcontext():
-            for sigma, (scale, scale_next) in zip(scheduler.timesteps[:-1], itertools.pairwise(scales), strict=True):
+            for sigma, (scale, scale_next) in zip(levels[:-1], itertools.pairwise(scales), strict=True):
                 x = scale_next * scheduler.step(denoise(x, sigma), sigma, x / scale).prev_sample
-        return denoise(x, scheduler.timesteps[-1])
+        return denoise(x, levels[-1])
 
     return sampler
 
@@ -256,8 +256,8 @@ def drawing_from(noise: Any, scheduler: Any) -> Iterator[None]:
 PACKAGES = {'k-diffusion': 'k_diffusion', 'diffusers': 'diffusers', 'torchsde': 'torchsde'}  # name → module
 
 
-# As their authors recommend without guidance. UniPC with data prediction, the default, goes far off at few evaluations.
-UNIPC = diffusers_vp('UniPCMultistepScheduler', False, solver_order=3, solver_type='bh1', predict_x0=False)
+# The orders that their authors recommend without guidance.
+UNIPC = diffusers_vp('UniPCMultistepScheduler', False, solver_order=3)
 SA_SOLVER = diffusers_vp('SASolverScheduler', True, predictor_order=3, corrector_order=4, tau_func=tau_of_sa_solver)
 
 
