@@ -130,7 +130,9 @@ def read_reference(path_or_url: str) -> Reference:
             if key in _NOTE:
                 setattr(reference, key, type(getattr(reference, key))(value))
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as err:
-        raise ReferenceFileError(f'{path_or_url} holds no reference statistics: {err}') from err
+        raise ReferenceFileError(
+            f'{dnnlib.util.label(path_or_url)} holds no reference statistics: {dnnlib.util.one_line(err, 200)}'
+        ) from err
     return reference
 
 

@@ -98,7 +98,7 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
             net = build(stored)
             _warn_of_unknown_source(stored, path_or_url)
     except ValueError as err:
-        raise NetworkFileError(f'{path_or_url}: {dnnlib.util.one_line(err)}') from None
+        raise NetworkFileError(f'{dnnlib.util.label(path_or_url)}: {dnnlib.util.one_line(err)}') from None
     dnnlib.util.call_func_by_name(net, func_name=INSTALL_RULES)
     return net.eval().requires_grad_(False)
 
@@ -389,7 +389,8 @@ def inspect_command(context: click.Context, file: str) -> None:
         names.append(f'{module}.{name}')
         return lambda *args: safe_pickle.Record('unknown')
 
-    click.echo(f'{file}\n{"file":12s}{_format(data)}, {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
+    click.echo(dnnlib.util.label(file))
+    click.echo(f'{"file":12s}{_format(data)}, {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
     remarks: list[str] = []
     error = None
     try:
