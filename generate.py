@@ -294,7 +294,7 @@ def main(**kwargs):
     try:
         device = dist.init(opts.device)
     except ValueError as err:
-        raise click.ClickException(str(err)) from None
+        raise click.ClickException(dnnlib.util.printable(err)) from None
     try:
         with dnnlib.util.alone_on_stdout() if opts.metrics else contextlib.nullcontext(sys.stdout) as opts.numbers_to:
             loaded = networks.LoadedNetworks(opts, device)
@@ -308,7 +308,7 @@ def main(**kwargs):
     except dnnlib.util.FailedWriteError as err:
         raise click.ClickException(f'{err}; once this is mended, the same command continues') from None
     except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
+        raise click.ClickException(dnnlib.util.printable(err)) from None
     except (RuntimeError, MemoryError) as err:
         message = explain(err, opts)
         if message is None:

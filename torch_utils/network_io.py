@@ -33,7 +33,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dnnlib
-from dnnlib import safe_pickle
+from dnnlib import plain_json, safe_pickle
 from dnnlib.options import user_path
 from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
@@ -67,6 +67,7 @@ MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
 MAX_LIST = 64
 MAX_ARGUMENTS = 1000  # values in all arguments together, keys included
 MAX_ARGUMENT_TEXT = 10_000  # signs in all of them
+MAX_HEADER = 4 << 20  # bytes of a safetensors file's; that of the largest published network has 0.1 MB
 MAX_NAMED = 20  # of things of one kind that a message lists
 _METADATA_KEY = 'network'
 _SNAPSHOT_ENTRIES = {'loss_fn', 'augment_pipe', 'dataset_kwargs', 'encoder'}
@@ -201,15 +202,18 @@ def _safetensors(net: Any) -> bytes:
 
 
 def _read_safetensors(data: bytes) -> StoredNetwork:
+    (size,) = struct.unpack('<Q', data[:8])
+    if size > MAX_HEADER:
+        raise NetworkFileError(f'the header of this safetensors file has {size} bytes; at most {MAX_HEADER} are read')
     try:
-        weights = safetensors.torch.load(data)  # checks the header as well, which the next lines build upon
-        header = json.loads(data[8 : 8 + struct.unpack('<Q', data[:8])[0]])
-        description = json.loads(header['__metadata__'][_METADATA_KEY])
+        header = plain_json.parse(data[8 : 8 + size])
+        description = plain_json.parse(header['__metadata__'][_METADATA_KEY])
+        weights = safetensors.torch.load(data)  # checks the header as well
         class_name, args, kwargs = (description[name] for name in ('class_name', 'init_args', 'init_kwargs'))
     except KeyError as err:
         raise NetworkFileError(f'this safetensors file does not say what network it holds (no {err})') from None
-    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as err:
-        raise NetworkFileError(f'this safetensors file is damaged ({err})') from None
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as err:
+        raise NetworkFileError(f'this safetensors file is damaged ({dnnlib.util.one_line(err, 200)})') from None
     if (type(class_name), type(args), type(kwargs)) != (str, list, dict):
         raise NetworkFileError('this safetensors file does not say what network it holds')
     return StoredNetwork(class_name, tuple(args), kwargs, weights)
