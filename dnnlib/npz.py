@@ -4,6 +4,7 @@ import io
 import math
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
     entry = archive.getinfo(name)
     if is_out_of_proportion(entry, size):
         raise ValueError(f'{name} is compressed out of proportion, to {entry.compress_size} of {entry.file_size} bytes')
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'{name} is compressed in another way than numpy does')
     try:
         return array(archive.read(entry))
     except ValueError as err:
@@ -65,4 +68,6 @@ def array(content: bytes) -> np.ndarray:
         raise ValueError(f'it has the shape {one_line(shape, 100)} and {len(numbers)} bytes')
     if not len(numbers):
         return np.zeros(shape, dtype)
+    if dtype.kind == 'U' and np.frombuffer(numbers, f'{dtype.byteorder}u4').max() > sys.maxunicode:
+        raise ValueError('it holds text that is none')
     return np.frombuffer(numbers, dtype).reshape(shape, order='F' if found[2] == 'True' else 'C')

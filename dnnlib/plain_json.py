@@ -16,7 +16,7 @@ def parse(data: bytes | str) -> Any:
             brackets too many for the size. The message is one line.
     """
     try:
-        text = data if isinstance(data, str) else data.decode('utf-8-sig')
+        text = data if isinstance(data, str) else data.removeprefix(b'\xef\xbb\xbf').decode()
         lists, dicts = text.count('['), text.count('{')
         if lists > 1000 + len(text) / 8 or dicts > 1000 + len(text) / 32:
             raise ValueError(f'{lists + dicts} brackets in {len(text)} signs')

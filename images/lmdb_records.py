@@ -69,13 +69,16 @@ def main(folder: str) -> None:
     try:
         with lmdb.open(folder, readonly=True, create=False, lock=False) as database, database.begin() as transaction:
             size = left = os.path.getsize(os.path.join(folder, 'data.mdb'))
-            total = database.stat()['entries']
-            sys.stdout.buffer.write(struct.pack('<Q', min(total, size)))
+            if size < (database.info()['last_pgno'] + 1) * database.stat()['psize']:
+                sys.exit('its file is cut off')
+            sys.stdout.buffer.write(struct.pack('<Q', min(database.stat()['entries'], size)))
+            before = b''
             for key, value in transaction.cursor():
-                left -= len(key) + len(value) + 8
-                if left < 0:
-                    sys.exit('it holds more than its file')
+                left -= len(key) + len(value)
+                if key <= before or left < 0:
+                    sys.exit('its keys are not in order, or it holds more than its file')
                 sys.stdout.buffer.write(struct.pack('<QQ', len(key), len(value)) + key + value)
+                before = key
             sys.stdout.buffer.write(bytes(8))
     except lmdb.Error as err:
         sys.exit(str(err))

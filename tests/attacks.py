@@ -7,18 +7,21 @@ their changelogs, as far as they are public, and more for the formats of this pr
 import contextlib
 import copy
 import io
+import itertools
 import os
 import pathlib
 import pickle
 import struct
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import attack_files
 import audit
 import numpy as np
 import safetensors.torch
@@ -448,8 +451,13 @@ def safetensors_files():
     size = struct.unpack('<Q', good[:8])[0]
     header, numbers = good[8 : 8 + size], good[8 + size :]
     one = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    empty = one.replace(b'[1]', b'[0]').replace(b'[0,4]', b'[0,0]')
     described = {
         'no class': '{}',
+        'one long text': '{"class_name": "EDMPrecond", "init_args": ["%s"], "init_kwargs": {}}' % ('x' * 1_000_000),
+        'many arguments': '{"class_name": "EDMPrecond", "init_args": [%s1], "init_kwargs": {}}' % ('1,' * 500_000),
+        'metadata of brackets': '[' + '[],' * 1_000_000 + '0]',
+        'class of a long name': '{"class_name": "%s", "init_args": [], "init_kwargs": {}}' % ('\x1b' * 100_000),
         'unknown class': '{"class_name": "os.system", "init_args": ["x"], "init_kwargs": {}}',
         'class of a list': '{"class_name": [], "init_args": [], "init_kwargs": {}}',
         'other weights': '{"class_name": "EDMPrecond", "init_args": [8, 1], "init_kwargs": {}}',
@@ -466,6 +474,12 @@ def safetensors_files():
         'unknown type': header.replace(b'"F32"', b'"X32"', 1),
         'integers': header.replace(b'"F32"', b'"I32"'),
         'complex numbers': b'{"w":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}',
+        'numbers of 4000 digits': header.replace(b'"shape":[4', b'"shape":[4' + b'0' * 4000, 1),
+        'header of 5 MB': header[:-1] + b' ' * (5 << 20) + b'}',
+        'many tensors of nothing': b'{' + b','.join(b'"%d":%s' % (i, empty) for i in range(60_000)) + b'}',
+        'brackets': b'{"__metadata__":' + b'[' + b'[],' * 1_000_000 + b'0]}',
+        'dicts': b'{"__metadata__":{"network":' + b'{"a":' * 500 + b'0' + b'}' * 502,
+        'one name twice': b'{"w":' + one + b',"w":' + one + b'}',
         'shape beyond the numbers': header.replace(b'"shape":[4', b'"shape":[400', 1),
     }
     found = {
@@ -645,18 +659,18 @@ def _memory(of):
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(of))
 
 
-def outcome(data, read):
+def outcome(data, read, refusals=(safe_pickle.SafePickleError, network_io.NetworkFileError), watched=audit.watched):
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # VmHWM begins anew
     memory, start = _memory('VmRSS'), time.process_time()
     try:
-        with audit.watched():
+        with watched():
             read(data)
         result = 'read'
-    except ValueError as err:
-        result = 'refused' if isinstance(err, (safe_pickle.SafePickleError, network_io.NetworkFileError)) else repr(err)
+    except refusals as err:
+        result = 'refused' if str(err).isprintable() else f'unprintable: {err!r:.200}'
     except BaseException as err:
-        result = repr(err)
+        result = f'{err!r:.200}'
     return Outcome(result, time.process_time() - start, max(0, _memory('VmHWM') - memory))
 
 
@@ -668,25 +682,44 @@ def read_numpy(data):
     return safe_pickle.load_numpy(io.BytesIO(data))
 
 
-def main():
-    print('| kind | vectors | refused: networks | refused: `load_numpy` | slowest | largest memory |')
-    print('|---|---|---|---|---|---|')
-    unexpected = []
+def of_pickles():
+    """(kind, what reads it, {name: (outcome, most memory)}) of all pickles and safetensors files."""
     for kind, vectors in {**attacks(), 'networks': networks_of_lies()}.items():
-        refused, seconds, memory = [], 0.0, 0
-        for reader in [read_network] if kind == 'networks' else [read_network, read_numpy]:
-            outcomes = {name: outcome(data, reader) for name, data in vectors.items()}
-            refused.append(sum(each.result == 'refused' for each in outcomes.values()))
-            seconds = max(seconds, *(each.seconds for each in outcomes.values()))
-            memory = max(memory, *(each.memory for each in outcomes.values()))
-            unexpected += [f'{name}: {each.result}' for name, each in outcomes.items() if each.result != 'refused']
-            unexpected += [
-                f'{name}: {each.memory:,} bytes for a file of {len(vectors[name]):,}'
-                for name, each in outcomes.items()
-                if each.memory > most_memory(vectors[name])
-            ]
-        counts = ' | '.join(map(str, [*refused, '–'][:2]))
-        print(f'| {kind} | {len(vectors)} | {counts} | {seconds:.2f} s | {memory / 2**20:.0f} MiB |')
+        for reader, read in READERS.items() if kind != 'networks' else [('networks', read_network)]:
+            yield kind, reader, {name: (outcome(data, read), most_memory(data)) for name, data in vectors.items()}
+
+
+def of_files():
+    """The same of `attack_files`, which are read from disk."""
+    for kind, vectors in attack_files.vectors().items():
+        found = {}
+        for name, files in vectors.items():
+            with tempfile.TemporaryDirectory() as folder:
+                path = attack_files.write(folder, files)
+                read = attack_files.READERS[kind][1]
+                result = outcome(path, read, attack_files.REFUSALS, contextlib.nullcontext)
+            found[name] = result, attack_files.most_memory(files)
+        yield kind, 'its reader', found
+
+
+READERS = {'networks': read_network, '`load_numpy`': read_numpy}
+
+
+def main():
+    print('| kind | read by | vectors | refused | slowest | largest memory |\n|---|---|---|---|---|---|')
+    unexpected = []
+    for kind, reader, found in itertools.chain(of_pickles(), of_files()):
+        outcomes = [each for each, _ in found.values()]
+        refused = sum(each.result == 'refused' for each in outcomes)
+        seconds, memory = (max((each[i] for each in outcomes), default=0) for i in (1, 2))
+        print(
+            f'| {kind} | {reader} | {len(found)} | {refused} | {seconds:.2f} s | {memory / 2**20:.0f} MiB |', flush=True
+        )
+        for name, (each, most) in found.items():
+            if each.result != 'refused':
+                unexpected.append(f'{kind}, {reader}: {name}: {each.result}')
+            if each.memory > most:
+                unexpected.append(f'{kind}, {reader}: {name}: {each.memory:,} bytes, more than {most:,}')
     print('\n'.join(['', *unexpected]) if unexpected else '\nAll were refused.')
 
 
