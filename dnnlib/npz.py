@@ -46,9 +46,9 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
         raise ValueError(f'{name}: {err}') from None
 
 
-def is_out_of_proportion(entry: zipfile.ZipInfo, size: int) -> bool:
-    """Whether a file in an archive of `size` bytes is much larger than what is stored of it."""
-    return entry.file_size > (64 << 20) + 64 * min(entry.compress_size, size)
+def is_out_of_proportion(entry: zipfile.ZipInfo, size: int, free: int = 64 << 20) -> bool:
+    """Whether a file in an archive of `size` bytes has more than `free` bytes, and 64 times what is stored of it."""
+    return entry.file_size > free + 64 * min(entry.compress_size, size)
 
 
 def array(content: bytes) -> np.ndarray:

@@ -72,8 +72,10 @@ class FileTree:
 
     def read_json(self, name: str) -> bytes:
         """Like `read`; refuses what is small in the archive and large outside."""
-        if self._is_zip and is_out_of_proportion(self._open_zip()[0].getinfo(name), os.path.getsize(self.path)):
-            raise ValueError('it is compressed out of proportion')
+        if self._is_zip:
+            entry = self._open_zip()[0].getinfo(name)
+            if is_out_of_proportion(entry, os.path.getsize(self.path), free=16 << 20):
+                raise ValueError('it is compressed out of proportion')
         return self.read(name)
 
     def image_names(self) -> list[str]:
