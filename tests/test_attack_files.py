@@ -15,6 +15,7 @@ import pytest
 
 import dataset_tool
 import fid
+import train
 from dnnlib import npz, plain_json
 from images import convert, lmdb_records, sources, tree
 from images.image_files import ImageFiles
@@ -197,3 +198,23 @@ def test_pillow_may_fail_in_any_way(monkeypatch):
     monkeypatch.setattr(tree.PIL.Image, 'open', lambda *args, **kwargs: int('1', base='x'))
     with pytest.raises(ValueError, match=r'it is damaged \(TypeError\)'):
         tree.open_image(b'')
+
+
+# ----------------------------------------------------------------------------
+# Names.
+
+
+@pytest.mark.parametrize('name', ['a\x1b]0;x\x07.png', 'a\nError: all is well.png'])
+def test_names_in_archives_are_escaped(tmp_path, name):
+    path = tmp_path / 'data.zip'
+    path.write_bytes(attack_files.zipped(**{name: b'broken'}))
+    runs = {
+        fid: ['calc', '--images', path, '--ref', path, '--detector=pixels', '--workers=0', '--num=2'],
+        dataset_tool: ['--validate', path, '--workers=1'],
+        train: ['--data', path, '--outdir', tmp_path / 'runs', '--dry-run'],
+    }
+    for script, arguments in runs.items():
+        done = click.testing.CliRunner().invoke(script.main, list(map(str, arguments)))
+        assert done.exit_code == 1
+        assert not {'\x1b', '\x07'} & set(done.output)
+        assert not any(line.startswith('Error: all') for line in done.output.splitlines())
