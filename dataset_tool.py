@@ -89,7 +89,7 @@ def read(sample: Sample, finished: Kind | None) -> Raw:
     try:
         return sample.read()
     except DAMAGED as err:
-        return Converted(problem=f'cannot be read: {err}')
+        return Converted(problem=f'cannot be read: {dnnlib.util.one_line(err, 200)}')
 
 
 def check(kind: Kind, first: Kind | None, any_size: bool) -> str:
@@ -314,6 +314,8 @@ def main(source: str | None, dest: str | None, workers: int | None, validate_pat
             make(source, dest or '', workers=workers, **options)
     except OSError as err:
         raise click.ClickException(dnnlib.util.printable(str(err))) from err
+    except MemoryError as err:
+        raise click.ClickException('out of memory; with fewer --workers, less is needed') from err
     except BrokenProcessPool as err:
         raise click.ClickException('a worker process was killed; with fewer --workers, less memory is needed') from err
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib import settings
+from dnnlib import npz, plain_json, settings
 from dnnlib.options import user_path
 from images.image_files import ImageFiles, content_state, holds_images
 from metrics import measure
@@ -43,8 +43,7 @@ def choose_images(files: ImageFiles, num: int, seed: int, ranges: int) -> list[n
 
 def cached_features(path: str, note: dict[str, Any], detector: Detector, device: torch.device) -> FeatureSet:
     """The features in a file that an earlier run wrote."""
-    with np.load(path, allow_pickle=False) as archive:
-        before, features = json.loads(str(archive['note'])), archive['features']
+    before, features = read_features(path)
     differing = [
         f'{each.name} {each.before!r}' for each in settings.differences({key: before.get(key) for key in note}, note)
     ]
@@ -56,6 +55,23 @@ def cached_features(path: str, note: dict[str, Any], detector: Detector, device:
     cached.restore(features)
     say(f'Using the features in {path}')
     return cached
+
+
+def read_features(path: str) -> tuple[dict[str, Any], np.ndarray]:
+    """The note and the features in a file that `keep_features` wrote."""
+    with open(path, 'rb') as file:
+        data = file.read()
+    try:
+        arrays = npz.read(data, ('note', 'features'))
+        note, features = plain_json.parse(str(arrays['note'])), arrays['features']
+        if not isinstance(note, dict) or features.ndim != 2 or features.dtype.kind != 'f' or len(features) < 2:
+            raise ValueError('they are no features')
+        if not np.isfinite(features).all():
+            raise ValueError('they are not finite')
+    except (ValueError, KeyError) as err:
+        reason = dnnlib.util.one_line(err, 200)
+        raise click.ClickException(f'--features={path} cannot be used: {reason}; delete it, or name another') from None
+    return note, features
 
 
 def show(results: list[Numbers], record: dict[str, Any], as_json: bool) -> None:

@@ -307,7 +307,7 @@ def main(**kwargs):
     except dnnlib.util.FailedWriteError as err:
         raise click.ClickException(f'{err}; once this is mended, the same command continues') from None
     except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
+        raise click.ClickException(dnnlib.util.printable(err)) from None
     except (RuntimeError, MemoryError) as err:
         message = explain(err, opts)
         if message is None:

@@ -343,7 +343,9 @@ def _open_dataset(opts: dnnlib.EasyDict) -> Any:
         if opts.cond and not dataset.has_labels:
             raise click.ClickException(f'--cond=1 needs labels, and {opts.data} has none in its dataset.json')
     except OSError as err:
-        raise click.ClickException(f'--data: {err}') from None
+        raise click.ClickException(f'--data: {dnnlib.util.printable(err)}') from None
+    except MemoryError as err:
+        raise click.ClickException(f'--data: {explain(err)}') from None
     _, height, width = dataset.image_shape
     if height != width:
         size = 2 ** int(math.log2(min(height, width)))

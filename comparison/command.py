@@ -171,7 +171,8 @@ def cells_table(cells: Sequence[Cell], images: int) -> str:
     for cell in cells:
         calls, jvp_calls = count_work(cell)
         total += (calls + jvp_calls) * images
-        settings = ', '.join([*(f'{name} {value:g}' for name, value in cell.settings), *filter(None, [cell.levels])])
+        told = [f'{name} {value:g}' for name, value in cell.settings]
+        settings = ', '.join(told if 'rho' in dict(cell.settings) else [*told, cell.levels])
         lines.append(f'| {cell.sampler} | {settings} | {cell.num_steps} | {calls} | {jvp_calls} |')
     return '\n'.join([*lines, '', f'{len(cells)} cells of {images} images: {total:,} evaluations'])
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dnnlib import plain_json
+
 
 class ResultsFile:
     """Results by what they are of, a line of JSON each, so that a stopped comparison goes on where it was.
@@ -25,7 +27,7 @@ class ResultsFile:
             del lines[-1]
         for number, line in enumerate(lines, start=1):
             try:
-                of, result = json.loads(line)
+                of, result = plain_json.parse(line)
                 self._known[_key(translate(of))] = result
             except (ValueError, TypeError, AttributeError):
                 raise ValueError(f'{self._path}, line {number} is no result of a comparison; delete it') from None

@@ -121,12 +121,9 @@ class Comparison:
         for name, value in (setting for cell in self.cells for setting in cell.settings):
             values.setdefault(name, set()).add(value)
         varied = {name for name, each in values.items() if len(each) > 1}
-        levels: dict[str, set[str]] = {}
-        for cell in self.cells:
-            levels.setdefault(cell.sampler, set()).add(cell.levels)
-        return [
-            self._row(cell, varied | ({'levels'} if len(levels[cell.sampler]) > 1 else set())) for cell in self.cells
-        ]
+        named = [sampler for sampler, _ in {(cell.sampler, cell.levels) for cell in self.cells}]
+        several = {name for name in named if named.count(name) > 1}
+        return [self._row(cell, varied | {'levels'} if cell.sampler in several else varied) for cell in self.cells]
 
     def _row(self, cell: Cell, varied: set[str]) -> report.Row:
         sets = self.known(cell)

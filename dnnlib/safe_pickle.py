@@ -17,7 +17,7 @@ import pickle
 import pickletools
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
@@ -28,6 +28,8 @@ MAX_OPCODES = 400_000  # bounds the stack, the memo and the elements as well; ED
 MAX_NODES = 1_000_000  # of the tree, where a part counts as often as it occurs
 MAX_DEPTH = 200
 MAX_INT_BYTES = 16
+MAX_KEY = 2**63  # of integers as keys: longer ones can be made to collide in a dict, all of them
+MAX_NAME = 1000  # signs of a dotted name
 
 
 class SafePickleError(ValueError):
@@ -86,20 +88,23 @@ def refuse_name(module: str, name: str) -> NoReturn:
 
 
 class Budget:
-    """What a file of `size` bytes may cost: opcodes, and bytes of the values that calls and states make."""
+    """What a file of `size` bytes may cost: opcodes, and bytes of the values that are made of what is in it.
+
+    Whoever makes a value pays for its memory, once: a tensor is cut from a storage that is paid for.
+    """
 
     def __init__(self, size: int):
         if size > MAX_BYTES:
             raise SafePickleError(f'the file has {size} bytes; at most {MAX_BYTES} are read')
-        self.opcodes, self.bytes = MAX_OPCODES, 4 * size + (64 << 20)
+        self.opcodes, self.bytes = MAX_OPCODES, 3 * size + (64 << 20)
 
     def spend_opcode(self) -> None:
         self.opcodes -= 1
         if self.opcodes < 0:
             raise SafePickleError(f'the pickle has more than {MAX_OPCODES} opcodes')
 
-    def spend_bytes(self, value: Any) -> None:
-        self.bytes -= getattr(value, 'nbytes', 0) or sys.getsizeof(value)
+    def spend_bytes(self, count: int) -> None:
+        self.bytes -= count
         if self.bytes < 0:
             raise SafePickleError('the pickle makes values out of proportion to its size')
 
@@ -149,7 +154,7 @@ class Reader:
         try:
             while (opcode := self._opcode()) != pickle.STOP:
                 _STEPS[opcode](self)
-        except SafePickleError:
+        except (SafePickleError, MemoryError):
             raise
         except Exception as err:  # a damaged or hostile stream can trip the functions of the table anywhere
             raise SafePickleError(f'the pickle is damaged at byte {self.position} ({type(err).__name__})') from None
@@ -226,6 +231,11 @@ class Reader:
             raise SafePickleError(f'the pickle has a frame of {size} bytes that does not fit')
         self._frame_end = self.position + size
 
+    def text(self, value: str) -> None:
+        if not value.isascii():  # then it may have 4 bytes in memory for each in the file
+            self._budget.spend_bytes(sys.getsizeof(value))
+        self.push(value)
+
     def integer(self, size: int) -> None:
         if size > MAX_INT_BYTES:
             raise SafePickleError(f'the pickle has an integer of {size} bytes')
@@ -258,6 +268,8 @@ class Reader:
 
     def name(self, module: Any, name: Any) -> None:
         module, name = expect(module, str), expect(name, str)
+        if len(module) + len(name) > MAX_NAME:
+            raise SafePickleError(f'the pickle has a name of {len(module) + len(name)} signs')
         self.push(Name(module, name, self._table.get((module, name)) or self._unknown(module, name)))
 
     def stack_name(self) -> None:
@@ -266,8 +278,9 @@ class Reader:
 
     def call(self) -> None:
         args, name = expect(self.pop(), tuple), expect(self.pop(), Name)
+        self._budget.spend_bytes(sys.getsizeof(args))
         value = name.call(*args)
-        self._budget.spend_bytes(value)
+        self._budget.spend_bytes(sys.getsizeof(value))
         self.push(value)
 
     def build(self) -> None:
@@ -276,7 +289,7 @@ class Reader:
         if record.state is not None or state is None:
             raise SafePickleError(f'the pickle gives a state to {record.kind!r} that it cannot take')
         for part in state if isinstance(state, tuple) else ():
-            self._budget.spend_bytes(part)  # an array becomes a copy of the bytes in its state
+            self._budget.spend_bytes(sys.getsizeof(part))  # an array becomes a copy of the bytes in its state
         record.state = state
 
     def persistent_id(self) -> None:
@@ -294,6 +307,8 @@ class Reader:
 
 def key(value: Any) -> Any:
     """What may be hashed. Tuples may not: nested deeply, they would overflow the stack of Python's interpreter."""
+    if isinstance(value, int) and not -MAX_KEY <= value < MAX_KEY:
+        raise SafePickleError('the pickle has a key that is an integer of more than 8 bytes')
     return expect(value, (str, bytes, int))
 
 
@@ -333,9 +348,9 @@ _STEPS: dict[bytes, Callable[[Reader], None]] = {
     pickle.BININT2: lambda r: r.push(r.number('H')),
     pickle.LONG1: lambda r: r.integer(r.number('B')),
     pickle.BINFLOAT: lambda r: r.push(struct.unpack('>d', r.take(8))[0]),
-    pickle.SHORT_BINUNICODE: lambda r: r.push(r.sized('B').decode()),
-    pickle.BINUNICODE: lambda r: r.push(r.sized('I').decode()),
-    pickle.BINUNICODE8: lambda r: r.push(r.sized('Q').decode()),
+    pickle.SHORT_BINUNICODE: lambda r: r.text(r.sized('B').decode()),
+    pickle.BINUNICODE: lambda r: r.text(r.sized('I').decode()),
+    pickle.BINUNICODE8: lambda r: r.text(r.sized('Q').decode()),
     pickle.SHORT_BINBYTES: lambda r: r.push(r.sized('B')),
     pickle.BINBYTES: lambda r: r.push(r.sized('I')),
     pickle.BINBYTES8: lambda r: r.push(r.sized('Q')),
@@ -372,7 +387,7 @@ _STEPS: dict[bytes, Callable[[Reader], None]] = {
     pickle.STRING: Reader.quoted,
     pickle.BINSTRING: lambda r: r.push(r.sized('I')),
     pickle.SHORT_BINSTRING: lambda r: r.push(r.sized('B')),
-    pickle.UNICODE: lambda r: r.push(codecs.raw_unicode_escape_decode(r.line())[0]),
+    pickle.UNICODE: lambda r: r.text(codecs.raw_unicode_escape_decode(r.line())[0]),
     pickle.LIST: lambda r: r.push(r.pop_mark()),
     pickle.DICT: lambda r: r.push(_dict(r.pop_mark())),
     pickle.GET: lambda r: r.get(int(r.line()[:10])),
@@ -469,8 +484,11 @@ def _latin1(text: str, encoding: str) -> bytes:
     return expect(text, str).encode('latin1')
 
 
-def _set(items: Iterable[Any] = ()) -> set:
-    return set(map(key, expect(items, (list, tuple))))
+def _set(items: Any = ()) -> set:
+    made = set(map(key, expect(items, (list, tuple))))
+    if len(made) < len(items):  # as no set is written; so the work is in proportion to the set, which is paid for
+        raise SafePickleError('the pickle has a set with an element twice')
+    return made
 
 
 def _dtype_record(code: Any, align: Any = False, copy: Any = False) -> Record:

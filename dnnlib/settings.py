@@ -9,7 +9,10 @@ import math
 import os
 from typing import Any, NamedTuple
 
+from . import plain_json
 from .util import atomic_write, one_line
+
+MAX_BYTES = 16 << 20  # of a record
 
 
 def save(path: str | os.PathLike, record: dict[str, Any], replace: bool = True) -> None:
@@ -27,11 +30,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f'{path} is not a file')  # reading a pipe would never end
-    with open(path, encoding='utf-8') as file:
-        try:
-            record = json.load(file)
-        except (ValueError, RecursionError) as err:
-            raise ValueError(f'{path} is not a record in JSON: {one_line(err, 100)}') from None
+    with open(path, 'rb') as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f'{path} is not a record: it has more than {MAX_BYTES} bytes')
+    try:
+        record = plain_json.parse(data)
+    except ValueError as err:
+        raise ValueError(f'{path} is not a record: {err}') from None
     if not isinstance(record, dict):
         raise ValueError(f'{path} is not a record: it holds no JSON object')
     return record

@@ -1,4 +1,4 @@
-"""Attribute dictionaries, whole files, text for terminals, objects by name, durations, log files; and downloads."""
+"""Attribute dictionaries, whole files, objects by name, durations, log files; and downloads, text for terminals."""
 
 import contextlib
 import errno
@@ -7,7 +7,6 @@ import io
 import os
 import signal
 import sys
-import textwrap
 import types
 import uuid
 import zipfile
@@ -20,7 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from .downloads import is_remote, is_url, make_cache_dir_path, open_url, pinned_hash, set_cache_dir  # noqa: F401
+from .downloads import is_remote, is_url, label, make_cache_dir_path, open_url, pinned_hash, set_cache_dir  # noqa: F401
+from .text import one_line, printable
 
 
 class EasyDict(dict[str, Any]):
@@ -157,7 +157,7 @@ def _lock(descriptor: int, operation: int) -> bool:
 
 
 # ----------------------------------------------------------------------------
-# Text from files, servers and exceptions, for a terminal.
+# Streams.
 
 
 def print_any_text() -> None:
@@ -165,18 +165,6 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
-
-
-def printable(text: object) -> str:
-    """The text with nothing in it that a terminal would obey: what is not printable is escaped, as Python does it."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
-
-
-def one_line(message: object, width: int = 500) -> str:
-    """The message, short, on one line, `printable`; the type of an empty error."""
-    if isinstance(message, BaseException) and not str(message):
-        message = type(message).__name__
-    return printable(textwrap.shorten(str(message)[: 8 * width], width))
 
 
 @contextlib.contextmanager

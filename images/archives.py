@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import dnnlib
+from dnnlib import plain_json
 from images import files, tree
 from images.write import file_name
 
@@ -100,7 +101,7 @@ class ZipArchive(Archive):
         return tree.FileTree(self.path)
 
     def _read_seeds(self) -> list[int]:
-        seeds = json.loads(self._tree.read('dataset.json'))['seeds']
+        seeds = plain_json.parse(self._tree.read_json('dataset.json'))['seeds']
         if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
             raise ValueError('its seeds are not whole numbers')
         return seeds

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 
+from dnnlib.util import one_line
 from images.tree import DAMAGED, gray_or_rgb, open_image
 
 Item = TypeVar('Item')
@@ -61,7 +62,7 @@ def convert(raw: Raw, transform: Transform, size: tuple[int, int] | None, mode: 
         result = result.convert(mode or result.mode)
         return Converted(Kind(*result.size, result.mode), encode_png(np.asarray(result)), kind, rotated)
     except DAMAGED as err:
-        return Converted(raw=kind, problem=f'cannot be read: {err}')
+        return Converted(raw=kind, problem=f'cannot be read: {one_line(err, 200)}')
 
 
 def validate_image(raw: Raw) -> Converted:

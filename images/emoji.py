@@ -6,7 +6,6 @@ in `PACKAGES` also tells what there is: `emoji.json` has the code points, the Un
 
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+
+from dnnlib import plain_json
 
 PACKAGES = {  # and where in each the picture of an emoji is, by its code points
     'emoji-datasource-google': 'img/google/64/{}.png',
@@ -86,7 +87,7 @@ def read_table(folder: str) -> list[Emoji]:
     path = os.path.join(folder, next(iter(PACKAGES)), 'emoji.json')
     try:
         with open(path, 'rb') as file:
-            entries = json.load(file)
+            entries = plain_json.parse(file.read())
         return [read_entry(entry) for entry in entries if entry['category'] in GROUPS]
     except (ValueError, LookupError, TypeError, AttributeError) as err:
         raise OSError(f'{path} is damaged: {err!r}') from err

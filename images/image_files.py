@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dnnlib.util import one_line, printable
 from images.archives import NpzArchive
 from images.tree import DAMAGED, FileTree, channels_first, gray_or_rgb, open_image
 
@@ -38,7 +39,7 @@ class ImageFiles:
     def __getitem__(self, position: int) -> tuple[int, np.ndarray | None, str]:
         _, image, problem = self._decode(position)
         if image is not None and image.shape != self._shape:
-            problem = f'{self.name(position)} has the shape {list(image.shape)}, others {list(self._shape)}'
+            problem = f'{printable(self.name(position))} has the shape {list(image.shape)}, others {list(self._shape)}'
         return position, None if problem else image, problem
 
     def name(self, position: int) -> str:
@@ -54,7 +55,8 @@ class ImageFiles:
             else:
                 pixels = np.asarray(gray_or_rgb(open_image(tree.read(name))))
         except DAMAGED as err:
-            return position, None, f'cannot use {self.name(position)}: {err} (dataset_tool.py says more)'
+            name = printable(self.name(position))
+            return position, None, f'cannot use {name}: {one_line(err, 200)} (dataset_tool.py says more)'
         image = channels_first(pixels)
         return position, np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:]))), ''
 

@@ -20,8 +20,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dnnlib.safe_pickle import load_numpy
-from dnnlib.util import printable
-from images import emoji
+from dnnlib.util import one_line, printable
+from images import emoji, lmdb_records
+from images.lmdb_records import LmdbError
 from images.tree import DAMAGED, FileTree
 
 Label = int | list[float] | None
@@ -98,24 +99,21 @@ def labels_from_folders(images: list[str]) -> dict[str, int]:
 
 def lsun_lmdb(source: str) -> Samples:
     """The images of an LSUN category, a database of image files, by key; no labels."""
+    if importlib.util.find_spec('lmdb') is None:
+        raise OSError(f'--source={source} needs lmdb: pip install -e ".[data]"')
     try:
-        import lmdb
-    except ImportError:
-        raise OSError(f'--source={source} needs lmdb: pip install -e ".[data]"') from None
-    try:
-        database = lmdb.open(source, readonly=True, create=False, lock=False)
-    except lmdb.Error as err:
+        total = lmdb_records.count(source)
+    except LmdbError as err:
         raise OSError(f'--source={source} is not an LMDB database: {err}') from err
 
     def samples() -> Iterator[Sample]:
         try:
-            with database, database.begin() as transaction:
-                for key, data in transaction.cursor():
-                    yield Sample(key.decode(errors='backslashreplace'), functools.partial(bytes, data), None)
-        except lmdb.Error as err:
+            for key, data in lmdb_records.records(source):
+                yield Sample(key.decode(errors='backslashreplace'), functools.partial(bytes, data), None)
+        except LmdbError as err:
             raise OSError(f'--source={source} is damaged: {err}') from err
 
-    return Samples(database.stat()['entries'], samples())
+    return Samples(total, samples())
 
 
 # Arrays of pixels.
@@ -123,24 +121,42 @@ def lsun_lmdb(source: str) -> Samples:
 
 def cifar10(source: str) -> Samples:
     """The 50,000 training images of CIFAR-10, 32×32 RGB, in the order of the five batches, with their classes."""
-    batches = []
+    names = [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]
     try:
-        with tarfile.open(source, 'r:gz') as archive:
-            for i in range(1, 6):
-                batches.append(cifar_batch(archive, f'cifar-10-batches-py/data_batch_{i}'))
+        with gzip.open(source) as file:
+            found = files_in_tar(file, names)
+        batches = [cifar_batch(name, found[name]) for name in names]
     except (*DAMAGED, KeyError, tarfile.TarError) as err:
-        raise OSError(f'--source={source} is not the archive of CIFAR-10: {err}') from err
+        raise OSError(f'--source={source} is not the archive of CIFAR-10: {one_line(err, 300)}') from err
     images = np.concatenate([images for images, _ in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return pixels(source, images, [label for _, labels in batches for label in labels])
 
 
-def cifar_batch(archive: tarfile.TarFile, name: str) -> tuple[np.ndarray, list[int]]:
+MAX_TAR, MAX_BATCH = 1 << 29, 1 << 26  # bytes: those of CIFAR-10 have 186 MB and 31 MB
+
+
+def files_in_tar(file: IO[bytes] | gzip.GzipFile, names: Sequence[str]) -> dict[str, bytes]:
+    """Those of the files that an archive has. `tarfile` would read headers of any size into memory."""
+    found: dict[str, bytes] = {}
+    total = 0
+    while len(found) < len(names) and (header := file.read(tarfile.BLOCKSIZE)).strip(b'\0'):
+        entry = tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape')
+        stored = -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        total += stored
+        if entry.size < 0 or total > MAX_TAR:
+            raise ValueError(f'it has more than {MAX_TAR} bytes')
+        if entry.name not in names or entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            file.seek(stored, os.SEEK_CUR)
+        elif entry.size > MAX_BATCH:
+            raise ValueError(f'{entry.name} has {entry.size} bytes')
+        else:
+            found[entry.name] = file.read(stored)[: entry.size]
+    return found
+
+
+def cifar_batch(name: str, content: bytes) -> tuple[np.ndarray, list[int]]:
     """(uint8 [n,3072], labels) of one batch: a pickle, of which nothing but lists and arrays is accepted."""
-    entry = archive.getmember(name)
-    file = archive.extractfile(entry)
-    if file is None or entry.size > 1 << 26:  # 31 MB are usual
-        raise ValueError(f'{name} is not a file of its size')
-    batch = load_numpy(io.BytesIO(file.read()))
+    batch = load_numpy(io.BytesIO(content))
     batch = batch if isinstance(batch, dict) else {}
     data: Any = batch.get(b'data', batch.get('data'))  # bytes are Python 2's str
     labels: Any = batch.get(b'labels', batch.get('labels'))
@@ -161,12 +177,14 @@ def idx_files(source: str) -> Samples:
     try:
         with gzip.open(labels_path) as file:
             (num_labels,) = idx_header(file, 1)
-            labels = list(file.read(min(num_labels, MAX_IDX)))
+            labels = file.read(min(num_labels, MAX_IDX))
             to_the_end(file, labels_path)
         with gzip.open(source) as file:
             count, *size = idx_header(file, 3)
     except DAMAGED as err:
-        raise OSError(f'--source={source}: {err}; both idx files, {name} and {labels_path}, are needed') from err
+        raise OSError(
+            f'--source={source}: {one_line(err, 200)}; both idx files, {name} and {labels_path}, are needed'
+        ) from err
     if not count == num_labels == len(labels) or size != [28, 28]:
         shape = 'x'.join(map(str, size))
         raise OSError(f'--source={source} has {count} images of {shape} and {len(labels)} labels; 28x28 are expected')

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import mmap
 import os
 import posixpath
@@ -19,11 +18,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import printable
+from dnnlib import plain_json
+from dnnlib.npz import is_out_of_proportion
+from dnnlib.util import one_line, printable
 
 # What zipfile and Pillow raise on damaged bytes: they have no common base class.
 DAMAGED = (
-    *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error, MemoryError),
+    *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error),
     *(zipfile.BadZipFile, PIL.Image.DecompressionBombError),
 )
 
@@ -69,6 +70,14 @@ class FileTree:
         with open(path, 'rb') as f:
             return f.read()
 
+    def read_json(self, name: str) -> bytes:
+        """Like `read`; refuses what is small in the archive and large outside."""
+        if self._is_zip:
+            entry = self._open_zip()[0].getinfo(name)
+            if is_out_of_proportion(entry, os.path.getsize(self.path), free=16 << 20):
+                raise ValueError('it is compressed out of proportion')
+        return self.read(name)
+
     def image_names(self) -> list[str]:
         """The files that Pillow knows by their extension, sorted, but hidden ones; IOError if there are none."""
         images = sorted(name for name in self.names if extension(name) in extensions() and not is_hidden(name))
@@ -97,7 +106,7 @@ class FileTree:
         if f'{prefix}dataset.json' not in self.names:
             return None
         try:
-            content = json.loads(self.read(f'{prefix}dataset.json').decode('utf-8-sig'))
+            content = plain_json.parse(self.read_json(f'{prefix}dataset.json'))
             if not isinstance(content, dict) or 'labels' not in content:
                 raise ValueError('it has no entry "labels"')
             if not content['labels']:
@@ -105,7 +114,7 @@ class FileTree:
             labels = self._by_image(content['labels'], prefix)
             label_array(list(labels.values()))
         except (*DAMAGED, TypeError, AttributeError) as err:
-            raise OSError(f'{self.path}: bad labels in dataset.json: {err}') from err
+            raise OSError(f'{self.path}: bad labels in dataset.json: {one_line(err, 300)}') from err
         return labels
 
     def _by_image(self, labels: Iterable[tuple[str, Any]], prefix: str) -> dict[str, Any]:
@@ -116,12 +125,14 @@ class FileTree:
         for given, label in labels:
             name = spelled.get(normal(prefix + given), given)
             if found.setdefault(name, label) != label:
-                raise ValueError(f'{printable(given)} has two labels, {found[name]} and {label}')
+                labels_text = f'{one_line(found[name], 50)} and {one_line(label, 50)}'
+                raise ValueError(f'{one_line(given, 100)} has two labels, {labels_text}')
         missing = [name for name in images if name not in found]
         if missing:
-            spelling = '' if found.keys() & set(images) else f'; it names {printable(next(iter(found), "no image"))}'
+            named = one_line(next(iter(found), 'no image'), 100)
+            spelling = '' if found.keys() & set(images) else f'; it names {named}'
             more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
-            raise ValueError(f'it has no label for {printable(missing[0])}{more}{spelling}')
+            raise ValueError(f'it has no label for {one_line(missing[0], 100)}{more}{spelling}')
         return found
 
     def state(self) -> list[tuple[str, int, int]]:
@@ -149,8 +160,8 @@ class FileTree:
         if self._archive is None or self._archive_pid != os.getpid():
             try:
                 archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, NotImplementedError, struct.error) as err:
-                raise OSError(f'{self.path}: not a zip archive: {err}') from err
+            except DAMAGED as err:
+                raise OSError(f'{self.path}: not a zip archive: {one_line(err, 200)}') from err
             assert archive.fp is not None
             self._archive = archive, mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_READ)
             self._archive_pid = os.getpid()
@@ -166,9 +177,13 @@ def open_image(data: bytes) -> PIL.Image.Image:
         warnings.simplefilter('ignore')  # large images, odd metadata: the pixels are what counts
         try:
             image = PIL.Image.open(io.BytesIO(data), formats=formats())
+            image.load()
         except PIL.UnidentifiedImageError:
             raise ValueError('it is not an image, or of a format that is not supported') from None
-        image.load()
+        except (*DAMAGED, MemoryError):
+            raise
+        except Exception as err:  # Pillow's plugins trip over damaged files in any way
+            raise ValueError(f'it is damaged ({type(err).__name__})') from None
     return image
 
 

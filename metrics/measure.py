@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+import dnnlib
 from metrics import distances
-from metrics.detectors import Detector, load_detector
+from metrics.detectors import NETWORKS, Detector, load_detector
 from metrics.statistics import Moments, Reference, read_reference
 from torch_utils import distributed as dist
 
@@ -114,8 +115,9 @@ def needs_features(metrics: Sequence[str]) -> bool:
 def open_statistics(ref: str, detector: str | None, device: torch.device) -> tuple[Reference, Detector]:
     """Reference statistics, and the detector to compare with: that of the reference unless another is named."""
     reference = read_reference(ref)
-    if detector is None and ':' in reference.detector:  # a file must not choose which code runs
-        raise ValueError(f'--ref={ref} was made with --detector={reference.detector}; repeat that option here')
+    if detector is None and reference.detector not in (*NETWORKS, 'pixels'):  # a file must not choose what is opened
+        made_with = dnnlib.util.one_line(reference.detector, 100)
+        raise ValueError(f'--ref={ref} was made with --detector={made_with}; repeat that option here')
     return reference, load_detector(detector or reference.detector, device)
 
 

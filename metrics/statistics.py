@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from dnnlib import safe_pickle
+from dnnlib import npz, plain_json, safe_pickle
 from torch_utils import distributed as dist
 
 INCEPTION = 'inception-2015-12-05'  # what files without a note of their detector were made with
@@ -119,24 +118,27 @@ def read_reference(path_or_url: str) -> Reference:
     with dnnlib.util.open_url(path_or_url) as file:
         data = file.read()
     try:
-        entries = _read_npz(data) if data[:2] == b'PK' else _read_edm2(data)
+        entries = npz.read(data, ('mu', 'sigma', 'features', 'note')) if data[:2] == b'PK' else _read_edm2(data)
         reference = Reference(mu=_array(entries, 'mu'), sigma=_array(entries, 'sigma'), name=path_or_url)
         dim = reference.mu.size
         if reference.mu.shape != (dim,) or reference.sigma.shape != (dim, dim):
             raise ValueError(f'mu {reference.mu.shape} and sigma {reference.sigma.shape} do not go together')
         if 'features' in entries:
             reference.features = _array(entries, 'features')
-        for key, value in json.loads(str(entries.get('note', '{}'))).items():
+        for key, value in plain_json.parse(str(entries.get('note', '{}'))).items():
             if key in _NOTE:
-                setattr(reference, key, type(getattr(reference, key))(value))
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as err:
-        raise ReferenceFileError(f'{path_or_url} holds no reference statistics: {err}') from err
+                setattr(reference, key, _noted(key, value))
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ReferenceFileError(
+            f'{dnnlib.util.label(path_or_url)} holds no reference statistics: {dnnlib.util.one_line(err, 200)}'
+        ) from err
     return reference
 
 
-def _read_npz(data: bytes) -> dict[str, Any]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return {key: archive[key] for key in ('mu', 'sigma', 'features', 'note') if key in archive.files}
+def _noted(key: str, value: Any) -> Any:
+    if type(value) is not type(getattr(Reference, key)) or len(str(value)) > 1000:
+        raise ValueError(f'{key} in its note is {dnnlib.util.one_line(repr(value), 100)}')
+    return value
 
 
 def _read_edm2(data: bytes) -> dict[str, Any]:

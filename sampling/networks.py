@@ -11,6 +11,7 @@ import torch
 
 import dnnlib
 import sampler_2nd
+from dnnlib import npz
 from sampling import run_record
 from torch_utils import distributed as dist
 from torch_utils import misc, network_io
@@ -40,8 +41,8 @@ def read_vectors(path: str, label_dim: int) -> np.ndarray:
     """
     with open(path, 'rb') as file:
         try:
-            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-        except (ValueError, TypeError, EOFError) as err:
+            vectors = npz.array(file.read()).astype(np.float32)
+        except ValueError as err:
             raise ValueError(f'--labels={path} is no .npy file of numbers: {dnnlib.util.one_line(err, 200)}') from None
     if not label_dim or vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != label_dim:
         raise ValueError(

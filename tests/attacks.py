@@ -4,19 +4,24 @@
 their changelogs, as far as they are public, and more for the formats of this project.
 """
 
+import contextlib
 import copy
 import io
+import itertools
 import os
 import pathlib
 import pickle
 import struct
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import attack_files
 import audit
 import numpy as np
 import safetensors.torch
@@ -334,6 +339,12 @@ class Reduced:
 # Small files that want much time, memory or stack.
 
 
+def colliding(count, after=b''):
+    """Integers of 16 bytes that Python hashes to the same number."""
+    prime = sys.hash_info.modulus
+    return b''.join(b'\x8a\x10' + (prime * i).to_bytes(16, 'little') + after for i in range(1, count + 1))
+
+
 def excess():
     twice = b'](' + b'h%c' * 10 + b'eq%c'
     pair = b'}' + text('a') + b'h%cs' + text('b') + b'h%csq%c'
@@ -343,6 +354,11 @@ def excess():
     fill = b'(K\x01' + pickle.BININT + struct.pack('<i', 100_000) + b'\x85h\x00\x89h\x01tb'
     arrays = named('numpy', 'dtype') + text('u1') + b'\x85Rq\x00' + pickle.BINBYTES + struct.pack('<I', 100_000)
     arrays += bytes(100_000) + b'q\x01' + (ARRAY + fill) * 2000 + b'e'
+    make_equal = named('builtins', 'set') + b'q\x00](' + b'K\x01' * 100_000 + b'e\x85q\x02'
+    long_tuple = b'(' + b'N' * 100_000 + b'tq\x00'
+    storage = torch.zeros(1).__reduce_ex__(4)[1][0]
+    padded = storage.__reduce__()[1][0].replace(text('cpu'), text('x' * 1_000_000))
+    storage_of_text = STORAGE + b'q\x00](B' + struct.pack('<I', len(padded)) + padded + b'\x85q\x02'
     make_set = named('builtins', 'set') + b'q\x00](' + numbers + b'e\x85q\x02'
     found = {
         'billion laughs in lists': b']q\x00' + b''.join(twice % (*[i] * 10, i + 1) for i in range(40)),
@@ -359,6 +375,14 @@ def excess():
         'many values': b'N' * 400_001,
         'many marks': b'(' * 400_001,
         'many sets': b'\x8f' * 400_001,
+        'keys that collide in a set': b'\x8f(' + colliding(30_000) + b'\x90',
+        'keys that collide in a dict': b'}(' + colliding(30_000, b'N') + b'u',
+        'name of 8 MB': b'c' + b'evil words ' * 700_000 + b'\nx\n',
+        'names of 1 MB': b'](' + text('x' * 1_000_000) + b'q\x00' + b'h\x00h\x00\x93' * 60_000 + b'e',
+        'one list of equal numbers made a set often': make_equal + b'h\x00h\x02R' * 60_000,
+        'one state of many parts': long_tuple + b'](' + (ARRAY + b'h\x00b') * 20_000 + b'e',
+        'one tuple of arguments': long_tuple + named('builtins', 'set') + b'q\x01](' + b'h\x01h\x00R' * 60_000 + b'e',
+        'one storage of much text': storage_of_text + b'h\x00h\x02R' * 6000 + b'e',
         'one text encoded often': encode + b'h\x00h\x02R' * 2000,
         'one text in many arrays': b'](' + arrays,
         'one list made a set often': make_set + b'h\x00h\x02R' * 2000,
@@ -427,8 +451,13 @@ def safetensors_files():
     size = struct.unpack('<Q', good[:8])[0]
     header, numbers = good[8 : 8 + size], good[8 + size :]
     one = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    empty = one.replace(b'[1]', b'[0]').replace(b'[0,4]', b'[0,0]')
     described = {
         'no class': '{}',
+        'one long text': '{"class_name": "EDMPrecond", "init_args": ["%s"], "init_kwargs": {}}' % ('x' * 1_000_000),
+        'many arguments': '{"class_name": "EDMPrecond", "init_args": [%s1], "init_kwargs": {}}' % ('1,' * 500_000),
+        'metadata of brackets': '[' + '[],' * 1_000_000 + '0]',
+        'class of a long name': '{"class_name": "%s", "init_args": [], "init_kwargs": {}}' % ('\x1b' * 100_000),
         'unknown class': '{"class_name": "os.system", "init_args": ["x"], "init_kwargs": {}}',
         'class of a list': '{"class_name": [], "init_args": [], "init_kwargs": {}}',
         'other weights': '{"class_name": "EDMPrecond", "init_args": [8, 1], "init_kwargs": {}}',
@@ -445,6 +474,12 @@ def safetensors_files():
         'unknown type': header.replace(b'"F32"', b'"X32"', 1),
         'integers': header.replace(b'"F32"', b'"I32"'),
         'complex numbers': b'{"w":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}',
+        'numbers of 4000 digits': header.replace(b'"shape":[4', b'"shape":[4' + b'0' * 4000, 1),
+        'header of 5 MB': header[:-1] + b' ' * (5 << 20) + b'}',
+        'many tensors of nothing': b'{' + b','.join(b'"%d":%s' % (i, empty) for i in range(60_000)) + b'}',
+        'brackets': b'{"__metadata__":' + b'[' + b'[],' * 1_000_000 + b'0]}',
+        'dicts': b'{"__metadata__":{"network":' + b'{"a":' * 500 + b'0' + b'}' * 502,
+        'one name twice': b'{"w":' + one + b',"w":' + one + b'}',
         'shape beyond the numbers': header.replace(b'"shape":[4', b'"shape":[400', 1),
     }
     found = {
@@ -481,9 +516,8 @@ class Stored:
 
 def networks_of_lies():
     """{name: bytes}; only the reader of networks knows what is wrong with these."""
-    return {f'record: {name}': content for name, content in _records().items()} | {
-        f'arguments: {name}': content for name, content in _arguments().items()
-    }
+    kinds = {'record': _records(), 'arguments': _arguments(), 'repeated': _repeated()}
+    return {f'{kind}: {name}': content for kind, vectors in kinds.items() for name, content in vectors.items()}
 
 
 def _records():
@@ -563,21 +597,81 @@ def _arguments():
     }
 
 
+def _repeated():
+    """What stands in a file once and is meant many times: a pickle refers to it in two bytes."""
+    net = networks.EDMPrecond(8, 1, **TINY)
+    meta, long = meta_of(net), 'x' * 1_000_000
+    linear = meta_of(networks.Linear(1, 1))
+    tensor = torch.nn.Parameter(torch.zeros(250_000))
+    nothing = {f'{i}': None for i in range(30_000)}
+
+    def with_state(**changes):
+        return pickle.dumps({'ema': Stored(meta | {'state': meta['state'] | changes})}, 4)
+
+    def with_arguments(**changes):
+        return with_state(_init_kwargs={'img_resolution': 8, 'img_channels': 1, **TINY, **changes})
+
+    def parts(count, **state):
+        return {f'{i}': Stored(linear | {'state': linear['state'] | state}) for i in range(count)}
+
+    nested = Stored(meta)
+    for _ in range(40):
+        nested = Stored(linear | {'state': linear['state'] | {'_parameters': {}, '_modules': {'x' * 30: nested}}})
+    same = [[long] * 64] * 64
+    return {
+        'one tensor as 60,000 weights': with_state(_parameters={f'{i}': tensor for i in range(60_000)}),
+        'one tensor in many parts': with_state(_modules=parts(3000, _parameters={'w': tensor})),
+        'one empty list of weights in many parts': with_state(_modules=parts(3000, _parameters=nothing)),
+        'one empty list of parts in many parts': with_state(_modules=parts(3000, _modules=nothing)),
+        'one long name of many parts': with_state(
+            _modules={long: Stored(linear)} | parts(3000, _parameters={long: tensor})
+        ),
+        'names that grow': pickle.dumps({'ema': nested}, 4),
+        'one text in all arguments': with_arguments(**{f'a{i}': long for i in range(4000)}),
+        'one text in a list of lists': with_arguments(attn_resolutions=same),
+        'one list in a list of lists': with_arguments(attn_resolutions=[[[1] * 64] * 64] * 64),
+        'one dict in many arguments': with_arguments(**{f'a{i}': nothing for i in range(4000)}),
+        'one part in all arguments': with_arguments(**{f'a{i}': Stored(linear) for i in range(400)}),
+        'one class name beside the network': pickle.dumps(
+            {'net': net, **{f'{i}': Stored(linear | {'class_name': long}) for i in range(3000)}}, 4
+        ),
+    }
+
+
 # ----------------------------------------------------------------------------
 
 
-def outcome(data, read):
-    """('refused' | 'read' | what went wrong, seconds of processor time)"""
-    start = time.process_time()
+class Outcome(NamedTuple):
+    result: str  # 'refused', 'read', or what went wrong
+    seconds: float  # of processor time
+    memory: int  # bytes that the process grew by, at its largest
+
+
+def most_memory(data):
+    """What docs/safety.md says that reading a network may take, in bytes."""
+    return 5 * len(data) + (64 << 20) + 420 * min(len(data), safe_pickle.MAX_OPCODES)
+
+
+def _memory(of):
+    """VmRSS, or VmHWM, its largest value so far."""
+    status = pathlib.Path('/proc/self/status')
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(of))
+
+
+def outcome(data, read, refusals=(safe_pickle.SafePickleError, network_io.NetworkFileError), watched=audit.watched):
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # VmHWM begins anew
+    memory, start = _memory('VmRSS'), time.process_time()
     try:
-        with audit.watched():
+        with watched():
             read(data)
         result = 'read'
-    except ValueError as err:
-        result = 'refused' if isinstance(err, (safe_pickle.SafePickleError, network_io.NetworkFileError)) else repr(err)
+    except refusals as err:
+        result = 'refused' if str(err).isprintable() else f'unprintable: {err!r:.200}'
     except BaseException as err:
-        result = repr(err)
-    return result, time.process_time() - start
+        result = f'{err!r:.200}'
+    return Outcome(result, time.process_time() - start, max(0, _memory('VmHWM') - memory))
 
 
 def read_network(data):
@@ -588,18 +682,44 @@ def read_numpy(data):
     return safe_pickle.load_numpy(io.BytesIO(data))
 
 
-def main():
-    print('| kind | vectors | refused: networks | refused: `load_numpy` | slowest |\n|---|---|---|---|---|')
-    unexpected = []
+def of_pickles():
+    """(kind, what reads it, {name: (outcome, most memory)}) of all pickles and safetensors files."""
     for kind, vectors in {**attacks(), 'networks': networks_of_lies()}.items():
-        refused, slowest = [], 0.0
-        for reader in [read_network] if kind == 'networks' else [read_network, read_numpy]:
-            outcomes = {name: outcome(data, reader) for name, data in vectors.items()}
-            refused.append(sum(result == 'refused' for result, _ in outcomes.values()))
-            slowest = max(slowest, *(seconds for _, seconds in outcomes.values()))
-            unexpected += [f'{name}: {result}' for name, (result, _) in outcomes.items() if result != 'refused']
-        counts = ' | '.join(map(str, [*refused, '–'][:2]))
-        print(f'| {kind} | {len(vectors)} | {counts} | {slowest:.2f} s |')
+        for reader, read in READERS.items() if kind != 'networks' else [('networks', read_network)]:
+            yield kind, reader, {name: (outcome(data, read), most_memory(data)) for name, data in vectors.items()}
+
+
+def of_files():
+    """The same of `attack_files`, which are read from disk."""
+    for kind, vectors in attack_files.vectors().items():
+        found = {}
+        for name, files in vectors.items():
+            with tempfile.TemporaryDirectory() as folder:
+                path = attack_files.write(folder, files)
+                read = attack_files.READERS[kind][1]
+                result = outcome(path, read, attack_files.REFUSALS, contextlib.nullcontext)
+            found[name] = result, attack_files.most_memory(files)
+        yield kind, 'its reader', found
+
+
+READERS = {'networks': read_network, '`load_numpy`': read_numpy}
+
+
+def main():
+    print('| kind | read by | vectors | refused | slowest | largest memory |\n|---|---|---|---|---|---|')
+    unexpected = []
+    for kind, reader, found in itertools.chain(of_pickles(), of_files()):
+        outcomes = [each for each, _ in found.values()]
+        refused = sum(each.result == 'refused' for each in outcomes)
+        seconds, memory = (max((each[i] for each in outcomes), default=0) for i in (1, 2))
+        print(
+            f'| {kind} | {reader} | {len(found)} | {refused} | {seconds:.2f} s | {memory / 2**20:.0f} MiB |', flush=True
+        )
+        for name, (each, most) in found.items():
+            if each.result != 'refused':
+                unexpected.append(f'{kind}, {reader}: {name}: {each.result}')
+            if each.memory > most:
+                unexpected.append(f'{kind}, {reader}: {name}: {each.memory:,} bytes, more than {most:,}')
     print('\n'.join(['', *unexpected]) if unexpected else '\nAll were refused.')
 
 

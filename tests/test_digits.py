@@ -112,9 +112,24 @@ def test_the_digits_are_those_of_generate(tmp_path, monkeypatch):
     monkeypatch.setattr(digits.SampledDigits, 'add_pixels', lambda self, seeds, pixels: seen.append(pixels))
     judge = SimpleNamespace(start=digits.SampledDigits, finish=lambda images: Verdict({}, '', []))
     cells.sample_and_judge(
-        net, cells.Cell('rk', (), 2, 2), range(20, 24), 4, judge, torch.device('cpu'), int, class_idx=range(10)
+        net,
+        cells.Cell('rk', (('rho', 7),), 2, 2),
+        range(20, 24),
+        4,
+        judge,
+        torch.device('cpu'),
+        int,
+        class_idx=range(10),
     )
-    command = [f'--outdir={tmp_path}', '--seeds=20-23', '--class=0-9', '--sampler=rk', '--steps=2', '--device=cpu']
+    command = [
+        f'--outdir={tmp_path}',
+        '--seeds=20-23',
+        '--class=0-9',
+        '--sampler=rk',
+        '--steps=2',
+        '--rho=7',
+        '--device=cpu',
+    ]
     made = CliRunner().invoke(generate.main, command)
     assert made.exit_code == 0, made.output
     for seed, pixels in zip(range(20, 24), seen[0], strict=True):

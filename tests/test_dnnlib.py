@@ -7,26 +7,25 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+import web_server
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
+from web_server import BODY, Server, hangs_up, sends, stalls
 
 import dnnlib
-from dnnlib import downloads, published, util
+from dnnlib import downloads, fetch, published, util
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = 'https://nvlabs-fi-cdn.nvidia.com/edm/'
-BODY = bytes(range(256)) * 4000
 
 
 def run_python(*args, cwd=None):
@@ -422,63 +421,10 @@ def test_is_url(obj, plain, with_files):
 # Downloads.
 
 
-class Server(ThreadingHTTPServer):
-    """Answers each path with its replies in turn, and with the last one from then on."""
-
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.replies = {}
-        self.hits = Counter()
-        self.released = threading.Event()
-
-    def url(self, path, *replies):
-        self.replies[path] = list(replies)
-        return f'http://127.0.0.1:{self.server_port}{path}'
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        replies = self.server.replies[self.path]
-        reply = replies[min(self.server.hits[self.path], len(replies) - 1)]
-        self.server.hits[self.path] += 1
-        reply(self)
-
-    def log_message(self, *args):
-        pass
-
-
-def sends(body=BODY, status=200, length=None, **headers):
-    def reply(handler):
-        handler.send_response(status)
-        if length != 'none':
-            handler.send_header('Content-Length', str(len(body) if length is None else length))
-        for name, value in headers.items():
-            handler.send_header(name.replace('_', '-'), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return reply
-
-
-def hangs_up(handler):
-    handler.close_connection = True
-    handler.connection.shutdown(2)
-
-
-def stalls(handler):
-    handler.server.released.wait(10)
-    hangs_up(handler)
-
-
 @pytest.fixture
 def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
-        thread.start()
+    with web_server.running() as server:
         yield server
-        server.released.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -579,7 +525,7 @@ def test_transient_failures_are_tried_again(server, cache_dir, failure, capsys):
 
 
 def test_silent_server_is_tried_again(server, monkeypatch):
-    monkeypatch.setattr(downloads, '_TIMEOUT', 0.2)
+    monkeypatch.setattr(fetch, '_TIMEOUT', 0.2)
     assert util.open_url(server.url('/x', stalls, sends()), cache=False).read() == BODY
 
 
@@ -590,7 +536,7 @@ def test_silent_server_is_tried_again(server, monkeypatch):
         (sends(b'', 403), 1, 'HTTP status 403 Forbidden'),
         (sends(b'', 302, Location='/x'), 1, 'HTTP status 302 Found'),
         (sends(b'', 500), 3, 'HTTP status 500 Internal Server Error'),
-        (sends(BODY[:-1], length=len(BODY)), 3, '1 (more expected|of 1024000 bytes)'),  # newer and older urllib3
+        (sends(BODY[:-1], length=len(BODY)), 3, '1 more expected'),
         (hangs_up, 3, 'Connection aborted'),
         (sends(b''), 1, 'empty body'),
         (
@@ -598,7 +544,11 @@ def test_silent_server_is_tried_again(server, monkeypatch):
             1,
             "web page 'Google Drive - Quota exceeded' instead of a file",
         ),
-        (sends(b'\xef\xbb\xbf\n<HTML lang="en">' + 20000 * b'x'), 1, 'the server sent a web page; open the URL'),
+        (
+            sends(b'\xef\xbb\xbf\n<HTML lang="en">' + 20000 * b'x'),
+            1,
+            'the server sent a web page instead of a file; open the URL',
+        ),
     ],
     ids=['404', '403', 'redirect loop', '500', 'truncated', 'hangs up', 'empty', 'quota page', 'other page'],
 )
@@ -633,7 +583,7 @@ def test_interrupted_download_leaves_nothing(server, cache_dir, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(downloads, '_sent_file_name', interrupt)
+    monkeypatch.setattr(fetch, '_sent_file_name', interrupt)
     with pytest.raises(KeyboardInterrupt):
         util.open_url(server.url('/net.pkl', sends()), cache_dir=str(cache_dir))
     assert names_in(cache_dir) == []

@@ -32,11 +32,12 @@ def _imported_on_first_use():
 # ----------------------------------------------------------------------------
 # What was written is read.
 
-integers = st.integers(-(2**100), 2**100)  # longer ones are refused
+integers = st.integers(-(2**100), 2**100)  # longer ones are refused, and as keys those of more than 8 bytes
+keys = st.integers(-(2**63), 2**63 - 1)
 numbers = integers | st.floats(allow_nan=False) | st.booleans() | st.none()
 plain = st.recursive(
-    numbers | st.text(st.characters(codec='utf-8')) | st.binary() | st.sets(integers),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(max_size=9), inner),
+    numbers | st.text(st.characters(codec='utf-8')) | st.binary() | st.sets(keys),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(max_size=9) | keys, inner),
     max_leaves=20,
 )
 
@@ -126,9 +127,49 @@ def test_parts_used_twice_stay_one_object():
 
 @pytest.mark.parametrize(('kind', 'name'), NAMES, ids=[f'{kind}: {name}' for kind, name in NAMES])
 def test_attacks(kind, name):
-    result, seconds = attacks.outcome(VECTORS[kind][name], attacks.read_numpy)
+    data = VECTORS[kind][name]
+    result, seconds, memory = attacks.outcome(data, attacks.read_numpy)
     assert result == 'refused'
-    assert seconds < 2
+    assert seconds < 3
+    assert memory <= attacks.most_memory(data)
+
+
+@pytest.mark.parametrize('start', [b'X\x04\0\0\x02\xf0\x9f\x98\x80', b'V\\U0001f600'], ids=['UTF-8', 'protocol 0'])
+def test_wide_text(start):
+    """One emoji makes four bytes of each letter."""
+    content = start + b'x' * (2 << 24) + (b'.' if start[:1] == b'X' else b'\n.')
+    result, _, memory = attacks.outcome(content, attacks.read_numpy)
+    assert result == 'read'
+    assert memory <= attacks.most_memory(content)
+    assert attacks.outcome(b'](' + content[:-1] + content[:-1] * 2 + b'e.', attacks.read_numpy).result == 'refused'
+
+
+@pytest.mark.parametrize('number', [2**63, -(2**63) - 1, 2**100])
+def test_long_integers_are_no_keys(number):
+    for value in ({number: 1}, {number}):
+        for protocol in (0, 2, 4):
+            with pytest.raises(SafePickleError, match='a key that is an integer of more than 8 bytes'):
+                read(pickle.dumps(value, protocol))
+    assert read(pickle.dumps([number])) == [number]
+
+
+def test_names_have_a_largest_length():
+    for module, name, count in [
+        ('m', 'n' * 1000, 1001),
+        ('m' * 500, 'n' * 501, 1001),
+        ('m' * 30_000_000, 'n', 30_000_001),
+    ]:
+        with pytest.raises(SafePickleError, match=f'a name of {count} signs'):
+            read(b'c' + f'{module}\n{name}\n.'.encode())
+
+
+def test_a_lack_of_memory_is_not_damage(monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setitem(safe_pickle.NUMPY_TABLE, ('numpy', 'dtype'), fail)
+    with pytest.raises(MemoryError):
+        read(pickle.dumps(np.zeros(3)))
 
 
 def test_the_audit_hook_notices_what_it_should():

@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 
 import attacks
@@ -26,6 +27,7 @@ import safetensors.torch
 import torch
 from attacks import Reduced, Stored, meta_of, named, text
 
+from dnnlib import safe_pickle
 from torch_utils import network_io, network_pickle, persistence
 from torch_utils.network_io import NetworkFileError
 from training import augment, fast, loss, networks
@@ -321,6 +323,17 @@ def test_convert_keeps_what_is_there(tmp_path, path):
     assert not (tmp_path / 'net.pt').exists()
 
 
+def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    load(pickle.dumps(network()), tmp_path / 'net.pkl')
+    assert tool('inspect', '~/net.pkl').exit_code == 0
+    assert tool('convert', '~/net.pkl', '~/other/net.safetensors').exit_code == 0
+    assert (tmp_path / 'other' / 'net.safetensors').exists()
+    os.mkfifo(tmp_path / 'pipe')
+    result = tool('inspect', '~/pipe')
+    assert (result.exit_code, 'is a pipe or a device' in result.output) == (2, True)
+
+
 def test_inspect_the_shipped_network():
     result = tool('inspect', foreign_edm.ROOT / 'ckpts' / 'edm-mnist-32x32-cond-vp.pkl')
     assert result.exit_code == 0, 'has the shipped network new source text? list it in KNOWN_SOURCES'
@@ -576,9 +589,71 @@ NAMES = [(kind, name) for kind, vectors in VECTORS.items() for name in vectors]
 
 @pytest.mark.parametrize(('kind', 'name'), NAMES, ids=[f'{kind}: {name}' for kind, name in NAMES])
 def test_attacks(kind, name):
-    result, seconds = attacks.outcome(VECTORS[kind][name], attacks.read_network)
+    data = VECTORS[kind][name]
+    result, seconds, memory = attacks.outcome(data, attacks.read_network)
     assert result == 'refused'
-    assert seconds < 2
+    assert seconds < 3
+    assert memory <= attacks.most_memory(data)
+
+
+def network_with_sources(count):
+    """A sound network with so many parts more, without weights, each with a source text of its own."""
+    meta, part = meta_of(networks.EDMPrecond(8, 1, **TINY)), meta_of(networks.Linear(1, 1))
+    empty = part['state'] | {'_parameters': {}}
+    parts = {f'part{i}': Stored(part | {'module_src': f'# {i}', 'state': empty}) for i in range(count)}
+    state = meta['state'] | {'_modules': meta['state']['_modules'] | parts}
+    return pickle.dumps({'ema': Stored(meta | {'state': state})}, 4)
+
+
+def test_thousands_of_sources_are_one_warning(path, capsys):
+    start = time.process_time()
+    load(network_with_sources(5000), path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r'\(SHA-256 [0-9a-f]{64}, .* and 4980 more\) is unknown', line)
+    result = tool('inspect', path)
+    assert (result.exit_code, result.output.count('source text unknown')) == (1, 20)
+    assert '4980 more source texts unknown' in result.output
+    assert time.process_time() - start < 4
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_a_storage_counts_once(path, dtype):
+    """Numbers in a file, in its storage, and in float32: no more is charged for them, so large networks are read."""
+    net = network(**SONG).to(dtype)
+    content = pickle.dumps(net)
+    budget = safe_pickle.Budget(len(content))
+    before = budget.bytes
+    tree = safe_pickle.read_pickle(content, network_pickle._table(budget), budget=budget)
+    network_pickle._weights_and_sources(tree, budget)
+    values = list(net.state_dict().values())
+    numbers = sum(value.numel() for value in values) * (dtype.itemsize + 4)
+    assert numbers <= before - budget.bytes <= numbers + 4000 * len(values)
+
+
+def test_a_large_network_in_half_precision_is_read_in_the_stated_memory(path):
+    net = network(**{**TINY, 'model_channels': 640}).half()
+    content = pickle.dumps(net)
+    assert len(content) > 50 << 20
+    result, _, memory = attacks.outcome(content, attacks.read_network)
+    assert result == 'read'
+    assert memory <= attacks.most_memory(content)
+
+
+@pytest.mark.parametrize('reader', ['read', 'build'])
+def test_a_lack_of_memory_is_not_damage(path, monkeypatch, reader):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    if reader == 'read':
+        monkeypatch.setattr(network_pickle.torch, 'frombuffer', fail)
+    else:
+        monkeypatch.setattr(torch.nn.Module, 'load_state_dict', fail)
+    with pytest.raises(MemoryError):
+        load(pickle.dumps(network()), path)
+    for arguments in (['inspect', path], ['convert', path, path.with_suffix('.safetensors')]):
+        result = tool(*arguments)
+        assert result.exit_code == 2
+        assert result.output.endswith('Error: out of memory: MemoryError\n')
 
 
 @pytest.mark.parametrize('name', ['newlines and escapes', 'look-alike letters'])

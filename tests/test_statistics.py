@@ -118,7 +118,7 @@ def npz(**arrays):
         (npz(mu=np.zeros(3), sigma=np.eye(4)), 'do not go together'),
         (npz(mu=np.full(3, np.nan), sigma=np.eye(3)), 'finite'),
         (npz(mu=np.zeros(3, int), sigma=np.eye(3)), 'finite numbers'),
-        (npz(mu=np.array([Malice()] * 3), sigma=np.eye(3)), 'allow_pickle'),
+        (npz(mu=np.array([Malice()] * 3), sigma=np.eye(3)), 'mu.npy: this is no array of numbers or text'),
         (npz(mu=np.zeros(3), sigma=np.eye(3), note=np.array('{')), 'Expecting'),
         (pickle.dumps({'fid': {'mu': Malice()}}), 'print'),
         (pickle.dumps({'fd_dinov2': {}}), 'fid'),

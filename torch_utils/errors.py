@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import click
 
-from dnnlib.util import one_line
+from dnnlib.util import one_line, printable
 from torch_utils import misc
 
 
@@ -20,7 +20,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from None
+        raise click.ClickException(printable(err)) from None
     except (RuntimeError, MemoryError) as err:
         message = out_of_memory_line(err)
         if message is None:

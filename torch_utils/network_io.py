@@ -11,8 +11,10 @@ network has this project's code, forward-mode derivatives included. `save_networ
 `trust_pickle=True` is the other way: plain unpickling, which runs whatever the file contains.
 """
 
+import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import inspect as python_inspect
 import json
@@ -21,7 +23,7 @@ import os
 import pickle
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dnnlib
-from dnnlib import safe_pickle
+from dnnlib import plain_json, safe_pickle
+from dnnlib.options import user_path
 from dnnlib.published import NETWORKS
 from torch_utils import distributed as dist
-from torch_utils import network_pickle, persistence
+from torch_utils import misc, network_pickle, persistence
 from torch_utils.network_pickle import StoredNetwork
 
 # A file has the name of a class and its source text, but no module. So a name stands for one class here; whether the
@@ -62,6 +65,10 @@ INSTALL_RULES = 'training.fast.install'  # of speed and forward mode, which ever
 ENDINGS = ('.pkl', '.safetensors')
 MAX_ARGUMENT = 32768  # ImageNet has 21,841 classes
 MAX_LIST = 64
+MAX_ARGUMENTS = 1000  # values in all arguments together, keys included
+MAX_ARGUMENT_TEXT = 10_000  # signs in all of them
+MAX_HEADER = 4 << 20  # bytes of a safetensors file's; that of the largest published network has 0.1 MB
+MAX_NAMED = 20  # of things of one kind that a message lists
 _METADATA_KEY = 'network'
 _SNAPSHOT_ENTRIES = {'loss_fn', 'augment_pipe', 'dataset_kwargs', 'encoder'}
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -98,7 +105,7 @@ def load_network(path_or_url: str, trust_pickle: bool = False) -> torch.nn.Modul
             net = build(stored)
             _warn_of_unknown_source(stored, path_or_url)
     except ValueError as err:
-        raise NetworkFileError(f'{path_or_url}: {dnnlib.util.one_line(err)}') from None
+        raise NetworkFileError(f'{dnnlib.util.label(path_or_url)}: {dnnlib.util.one_line(err)}') from None
     dnnlib.util.call_func_by_name(net, func_name=INSTALL_RULES)
     return net.eval().requires_grad_(False)
 
@@ -140,10 +147,13 @@ def _networks_in(folder: Path, num: int = 3) -> str:
 def read_network(data: bytes, unknown: Callable[..., Any] = network_pickle.refuse_name) -> StoredNetwork:
     """What a network file says, in either format. Raises ValueError."""
     if _is_pickle(data):
-        return network_pickle.read(data, unknown)
-    if _is_safetensors(data):
-        return _read_safetensors(data)
-    raise NetworkFileError('this is neither a pickle nor a safetensors file, and so not a network file')
+        stored = network_pickle.read(data, unknown)
+    elif _is_safetensors(data):
+        stored = _read_safetensors(data)
+    else:
+        raise NetworkFileError('this is neither a pickle nor a safetensors file, and so not a network file')
+    _check_extent([stored.init_args, stored.init_kwargs])
+    return stored
 
 
 def save_network(net: torch.nn.Module, path: str | Path, **entries: Any) -> None:
@@ -192,15 +202,18 @@ def _safetensors(net: Any) -> bytes:
 
 
 def _read_safetensors(data: bytes) -> StoredNetwork:
+    (size,) = struct.unpack('<Q', data[:8])
+    if size > MAX_HEADER:
+        raise NetworkFileError(f'the header of this safetensors file has {size} bytes; at most {MAX_HEADER} are read')
     try:
-        weights = safetensors.torch.load(data)  # checks the header as well, which the next lines build upon
-        header = json.loads(data[8 : 8 + struct.unpack('<Q', data[:8])[0]])
-        description = json.loads(header['__metadata__'][_METADATA_KEY])
+        header = plain_json.parse(data[8 : 8 + size])
+        description = plain_json.parse(header['__metadata__'][_METADATA_KEY])
+        weights = safetensors.torch.load(data)  # checks the header as well
         class_name, args, kwargs = (description[name] for name in ('class_name', 'init_args', 'init_kwargs'))
     except KeyError as err:
         raise NetworkFileError(f'this safetensors file does not say what network it holds (no {err})') from None
-    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as err:
-        raise NetworkFileError(f'this safetensors file is damaged ({err})') from None
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as err:
+        raise NetworkFileError(f'this safetensors file is damaged ({dnnlib.util.one_line(err, 200)})') from None
     if (type(class_name), type(args), type(kwargs)) != (str, list, dict):
         raise NetworkFileError('this safetensors file does not say what network it holds')
     return StoredNetwork(class_name, tuple(args), kwargs, weights)
@@ -229,6 +242,8 @@ def build(stored: StoredNetwork) -> torch.nn.Module:
             net = network_class(*stored.init_args, **stored.init_kwargs)
         net.load_state_dict(weights, assign=True)
     except Exception as err:  # arguments out of a damaged or hostile file can trip the constructor anywhere
+        if misc.is_out_of_memory(err):
+            raise
         built_in = NETWORK_CLASSES[stored.class_name]
         raise NetworkFileError(f'this {stored.class_name} differs from the built-in one, {built_in} ({err})') from None
     return net
@@ -244,19 +259,42 @@ def _float32(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
+def _check_extent(arguments: list[Any]) -> None:
+    """Refuse what is no plain value, and what would be too long to be printed: a text may occur often in a file."""
+    values = signs = 0
+    pending = [*arguments]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            signs += len(value)
+        elif isinstance(value, (dict, list, tuple)):
+            values += len(value) * (2 if isinstance(value, dict) else 1)
+            if values <= MAX_ARGUMENTS:
+                pending.extend((*value, *value.values()) if isinstance(value, dict) else value)
+        elif not isinstance(value, (type(None), bool, int, float)):
+            raise NetworkFileError(f'an argument of the network is of the type {type(value).__name__}')
+        if values > MAX_ARGUMENTS or signs > MAX_ARGUMENT_TEXT:
+            raise NetworkFileError(
+                f'the arguments of the network are over {MAX_ARGUMENTS} values, or {MAX_ARGUMENT_TEXT} signs of text'
+            )
+
+
 def _check_arguments(arguments: list[Any]) -> None:
     """Refuse what no network is made with, and numbers for which construction would not end."""
+    _check_extent(arguments)
     pending = [*arguments]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
             pending.extend((*value, *value.values()))
-        elif isinstance(value, (list, tuple)) and len(value) <= MAX_LIST:
+        elif isinstance(value, (list, tuple)):
+            if len(value) > MAX_LIST:
+                raise NetworkFileError(f'an argument is a list of {len(value)} values')
             pending.extend(value)
         elif isinstance(value, int) and abs(value) > MAX_ARGUMENT:
             raise NetworkFileError(f'the argument {value} is out of proportion')
-        elif not isinstance(value, (type(None), bool, int, float, str)) or value != value:
-            raise NetworkFileError(f'an argument is of the type {type(value).__name__}, or no number')
+        elif value != value:
+            raise NetworkFileError('an argument is no number')
 
 
 class _Blueprint(TorchFunctionMode):
@@ -294,9 +332,13 @@ def unknown_sources(stored: StoredNetwork) -> list[str]:
 
 def origin(digest: str) -> str | None:
     """Where the source text with this SHA-256 is from, if that is known."""
+    return KNOWN_SOURCES.get(digest) or ('this checkout' if digest in _own_digests() else None)
+
+
+@functools.cache
+def _own_digests() -> frozenset[str]:
     modules = {name.rpartition('.')[0] for name in NETWORK_CLASSES.values()}
-    own = [python_inspect.getsource(dnnlib.util.get_obj_by_name(module)) for module in modules]
-    return KNOWN_SOURCES.get(digest) or ('this checkout' if digest in map(_digest, own) else None)
+    return frozenset(_digest(python_inspect.getsource(dnnlib.util.get_obj_by_name(module))) for module in modules)
 
 
 def _digest(source: str) -> str:
@@ -304,12 +346,20 @@ def _digest(source: str) -> str:
 
 
 def _warn_of_unknown_source(stored: StoredNetwork, name: str) -> None:
-    for digest in unknown_sources(stored):
+    unknown = unknown_sources(stored)
+    if unknown:
         dist.print0(
-            f'Warning: {name}: the source text of {stored.class_name} (SHA-256 {digest}) is unknown and is not run; '
-            f'the network does what {NETWORK_CLASSES[stored.class_name]} does',
+            f'Warning: {dnnlib.util.printable(name)}: the source text of {stored.class_name} (SHA-256 '
+            f'{_listed(unknown)}) is unknown and is not run; the network does what '
+            f'{NETWORK_CLASSES[stored.class_name]} does',
             file=sys.stderr,
         )
+
+
+def _listed(names: Sequence[str], show: Callable[[str], str] = str, between: str = ', ') -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - MAX_NAMED
+    return between.join(map(show, names[:MAX_NAMED])) + (f' and {more} more' if more > 0 else '')
 
 
 # ----------------------------------------------------------------------------
@@ -375,23 +425,35 @@ def main() -> None:
 
 
 @main.command('inspect')
-@click.argument('file', metavar='FILE|URL')
+@click.argument('file', metavar='FILE|URL', type=user_path)
 @click.pass_context
 def inspect_command(context: click.Context, file: str) -> None:
     """Say what is in a network file: class, arguments, weights, source, and anything unusual.
 
     Exit status: 0, it loads and nothing is unusual; 1, it loads, with the remarks printed; 2, it does not load.
     """
-    data = _read_or_exit(file)
-    names: list[str] = []
+    with _one_line_errors():
+        error, remarks = _inspect(file)
+    for remark in remarks or ([] if error else ['nothing']):
+        click.echo(f'{"unusual":12s}{dnnlib.util.one_line(remark, 2000)}')
+    if error:
+        click.echo(f'{"refused":12s}{dnnlib.util.one_line(error)}')
+    context.exit(2 if error else 1 if remarks else 0)
+
+
+def _inspect(file: str) -> tuple[str, list[str]]:
+    """Prints what is in the file. Returns why it does not load, '' if it does; and what is unusual."""
+    data = read_bytes(file)
+    names: set[str] = set()
 
     def note(module: str, name: str) -> Callable[..., Any]:
-        names.append(f'{module}.{name}')
+        names.add(f'{module}.{name}')
         return lambda *args: safe_pickle.Record('unknown')
 
-    click.echo(f'{file}\n{"file":12s}{_format(data)}, {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
+    click.echo(dnnlib.util.label(file))
+    click.echo(f'{"file":12s}{_format(data)}, {len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}')
     remarks: list[str] = []
-    error = None
+    error = ''
     try:
         stored = read_network(data, note)
         _describe(stored)
@@ -400,20 +462,19 @@ def inspect_command(context: click.Context, file: str) -> None:
     except ValueError as err:
         error = dnnlib.util.one_line(err)
     if names:
-        error = f'it calls {", ".join(map(repr, sorted(set(names))))}' + ('' if error is None else f'; {error}')
-    for remark in remarks or ([] if error else ['nothing']):
-        click.echo(f'{"unusual":12s}{remark}')
-    if error is not None:
-        click.echo(f'{"refused":12s}{dnnlib.util.one_line(error)}')
-    context.exit(2 if error else 1 if remarks else 0)
+        error = f'it calls {_listed(sorted(names), repr)}' + (error and f'; {error}')
+    return error, remarks
 
 
 def unusual(stored: StoredNetwork) -> list[str]:
     """What a reader of this file should know and most files do not have, one line each."""
-    remarks = [f'source text unknown, SHA-256 {digest}' for digest in unknown_sources(stored)]
+    unknown = unknown_sources(stored)
+    remarks = [f'source text unknown, SHA-256 {digest}' for digest in unknown[:MAX_NAMED]]
+    if len(unknown) > MAX_NAMED:
+        remarks.append(f'{len(unknown) - MAX_NAMED} more source texts unknown')
     extra = sorted(set(stored.entries) - _SNAPSHOT_ENTRIES)
     if extra:
-        remarks.append(f'entries that snapshots do not have: {", ".join(map(repr, extra))}')
+        remarks.append(f'entries that snapshots do not have: {_listed(extra, repr)}')
     broken = [name for name, value in stored.weights.items() if not value.isfinite().all()]
     if broken:
         remarks.append(f'{len(broken)} tensors with infinite or undefined numbers, such as {broken[0]!r}')
@@ -431,10 +492,10 @@ def _describe(stored: StoredNetwork) -> None:
         'parameters': f'{sum(sizes):,} with buffers, in {len(sizes)} tensors, {", ".join(types)}',
     }
     if stored.sources:
-        digests = map(_digest, sorted(stored.sources))
-        rows['source'] = '; '.join(f'SHA-256 {digest}, {origin(digest) or "unknown"}' for digest in digests)
+        digests = sorted(map(_digest, stored.sources))
+        rows['source'] = _listed(digests, lambda digest: f'SHA-256 {digest}, {origin(digest) or "unknown"}', '; ')
     if stored.entries:
-        rows['beside it'] = ', '.join(f'{name}: {kind}' for name, kind in stored.entries.items())
+        rows['beside it'] = _listed([*stored.entries], lambda name: f'{name}: {stored.entries[name]}')
     for title, text in rows.items():
         click.echo(f'{title:12s}{dnnlib.util.one_line(text, 2000)}')
 
@@ -452,30 +513,33 @@ class _CannotRead(click.ClickException):
         super().__init__(dnnlib.util.one_line(err))
 
 
-def _read_or_exit(file: str) -> bytes:
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
     try:
-        return read_bytes(file)
+        yield
     except (OSError, ValueError) as err:
         raise _CannotRead(err) from None
+    except (RuntimeError, MemoryError) as err:
+        if not misc.is_out_of_memory(err):
+            raise
+        raise _CannotRead(MemoryError(f'out of memory: {dnnlib.util.one_line(err, 200)}')) from None
 
 
 @main.command()
-@click.argument('src', metavar='SRC')
-@click.argument('dest', metavar='DEST')
+@click.argument('src', metavar='SRC', type=user_path)
+@click.argument('dest', metavar='DEST', type=user_path)
 def convert(src: str, dest: str) -> None:
     """Write the network of the file or URL SRC to DEST, whose ending is the format: .safetensors or .pkl.
 
     The weights become float32. What stands beside a network in a snapshot (loss_fn, …) stays behind. An unmodified EDM
     or EDM2 checkout loads the .pkl, which carries the source text of this project's classes.
     """
-    if Path(dest).exists():
-        raise _CannotRead(ValueError(f'{dest} exists already'))
-    try:
+    with _one_line_errors():
+        if Path(dest).exists():
+            raise ValueError(f'{dest} exists already')
         net = load_network(src)
         Path(dest).parent.mkdir(parents=True, exist_ok=True)
         save_network(net, dest)
-    except (OSError, ValueError) as err:
-        raise _CannotRead(err) from None
     click.echo(f'Wrote {dest}: {type(net).__name__}, {Path(dest).stat().st_size:,} bytes')
 
 

@@ -73,7 +73,7 @@ def read(data: bytes, unknown: Callable[[str, str], Callable[..., Any]] = refuse
     args, kwargs = tree.state.get('_init_args'), tree.state.get('_init_kwargs')
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise SafePickleError(f'{class_name!r} does not store the arguments it was made with')
-    weights, sources = _weights_and_sources(tree)
+    weights, sources = _weights_and_sources(tree, budget)
     return StoredNetwork(class_name, args, kwargs, weights, sources, entries)
 
 
@@ -84,8 +84,11 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def _weights_and_sources(network: Record) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Parameters and buffers by dotted name, from where torch.nn.Module keeps them; the source texts of the modules."""
+def _weights_and_sources(network: Record, budget: Budget) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Parameters and buffers by dotted name, from where torch.nn.Module keeps them; the source texts of the modules.
+
+    Each name pays for what a network will have under it, numbers in float32, as one tensor may have many names.
+    """
     weights: dict[str, torch.Tensor] = {}
     sources: set[str] = set()
     pending, seen = [('', network)], set()
@@ -98,19 +101,27 @@ def _weights_and_sources(network: Record) -> tuple[dict[str, torch.Tensor], set[
         state = expect(module.state, dict)
         for kind in ('_parameters', '_buffers'):
             for name, value in expect(state.get(kind, {}), dict).items():
+                budget.spend_bytes(_NAME_BYTES)
                 if value is not None:
-                    weights[f'{prefix}{_name(name)}'] = expect(value, torch.Tensor)
+                    weights[_dotted(prefix, name)] = tensor = expect(value, torch.Tensor)
+                    budget.spend_bytes(4 * tensor.numel())
         for name, child in expect(state.get('_modules', {}), dict).items():
+            budget.spend_bytes(_NAME_BYTES)
             if child is not None:
-                pending.append((f'{prefix}{_name(name)}.', expect(child, Record)))
+                pending.append((_dotted(prefix, name) + '.', expect(child, Record)))
     return weights, sources
 
 
-def _name(name: Any) -> str:
-    """A name without dots, so that no two dotted names are the same."""
-    if '.' in expect(name, str):
+_NAME_BYTES = 512  # of a name with a tensor that is empty
+
+
+def _dotted(prefix: str, name: Any) -> str:
+    """The name behind the prefix. It has no dots itself, so that no two dotted names are the same."""
+    if len(prefix) + len(expect(name, str)) > safe_pickle.MAX_NAME:
+        raise SafePickleError(f'a part of the network in this file has a name of {len(prefix) + len(name)} signs')
+    if '.' in name:
         raise SafePickleError(f'a part of the network in this file has the name {name!r}, with a dot')
-    return name
+    return prefix + name
 
 
 # ----------------------------------------------------------------------------
@@ -138,6 +149,8 @@ def _persistent_object(meta: Any) -> Record:
             'an object in this file has other fields than type, version, module_src, class_name, state'
         )
     names = expect(meta['class_name'], str), expect(meta['module_src'], str)
+    if len(names[0]) > safe_pickle.MAX_NAME:
+        raise SafePickleError(f'a class in this file has a name of {len(names[0])} signs')
     return Record('persistent', names, expect(meta['state'], dict))
 
 
@@ -151,8 +164,7 @@ class _Storage:
 
     values: torch.Tensor
 
-    @property
-    def nbytes(self) -> int:
+    def __sizeof__(self) -> int:
         return self.values.nbytes
 
 
@@ -203,6 +215,9 @@ def _storage(data: Any, budget: Budget) -> _Storage:
         values, size = memoryview(data)[reader.position + 8 :], reader.number('q')
         if count != size or count * dtype.itemsize != len(values):
             raise SafePickleError(f'{len(values)} bytes are not {count} numbers')
+        budget.spend_bytes(len(data) - len(values))
+    except MemoryError:
+        raise
     except Exception as err:  # not a storage at all, if its parts are of other types
         raise SafePickleError(f'a tensor in this file is damaged or hides code ({err})') from None
     return _Storage(torch.frombuffer(bytearray(values), dtype=dtype) if count else torch.empty(0, dtype=dtype))

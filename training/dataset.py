@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from dnnlib.util import one_line, printable
 from images.tree import DAMAGED, FileTree, channels_first, gray_or_rgb, label_array, open_image
 
 try:
@@ -162,9 +163,7 @@ class ImageFolderDataset(Dataset):
         name = self._image_names[raw_idx]
         image = self._decode(name)
         if list(image.shape) != self.image_shape:
-            raise OSError(
-                f'{self._files.path}: {name} has shape {list(image.shape)}, the first image {self.image_shape}'
-            )
+            raise self._error(name, f'has shape {list(image.shape)}, the first image {self.image_shape}')
         return image
 
     def _read_labels(self) -> np.ndarray | None:
@@ -178,15 +177,16 @@ class ImageFolderDataset(Dataset):
             fast = self._use_pyspng and pyspng is not None and name.lower().endswith('.png')
             image = pyspng.load(data) if fast else _with_pillow(data)
         except DAMAGED as err:
-            raise OSError(f'{self._files.path}: cannot read {name}: {err}') from err
+            raise OSError(f'{self._files.path}: cannot read {printable(name)}: {one_line(err, 200)}') from err
         if image.dtype != np.uint8:
-            raise OSError(f'{self._files.path}: {name} has {image.dtype} pixels, not uint8')
+            raise self._error(name, f'has {image.dtype} pixels, not uint8')
         channels = 1 if image.ndim == 2 else image.shape[2]
         if channels not in (1, 3):
-            raise OSError(
-                f'{self._files.path}: {name} has {channels} channels, not 1 or 3; dataset_tool.py converts it'
-            )
+            raise self._error(name, f'has {channels} channels, not 1 or 3; dataset_tool.py converts it')
         return channels_first(image)
+
+    def _error(self, name: str, problem: str) -> OSError:
+        return OSError(f'{self._files.path}: {printable(name)} {problem}')
 
 
 def choose_subset(num_raw: int, max_size: int | None, seed: int) -> np.ndarray:

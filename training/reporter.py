@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from dnnlib import plain_json
 from dnnlib.options import NewFile
 from torch_utils import distributed as dist
 from torch_utils import training_stats
@@ -101,7 +102,7 @@ def read_losses(stats_path: str | Path) -> tuple[list[float], list[float]]:
     losses = {}
     for line in Path(stats_path).read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that a kill has cut
-            row = json.loads(line)
+            row = plain_json.parse(line)
             losses[row['Progress/kimg']['mean']] = row['Loss/loss']['mean']
     kimg = sorted(losses)
     return kimg, [losses[x] for x in kimg]

@@ -205,6 +205,8 @@ def read_state(path: str, trust_pickle: bool) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:  # PyTorch raises many kinds for files that are not its own
+        if misc.is_out_of_memory(err):
+            raise
         if not isinstance(err, pickle.UnpicklingError) or 'GLOBAL' not in str(err).upper():
             raise ValueError(f'{path} is not the state of a training run: {dnnlib.util.one_line(err, 200)}') from err
         if not trust_pickle:
@@ -223,6 +225,8 @@ def _load_trusted(path: str) -> Any:
     try:
         return torch.load(path, map_location='cpu', weights_only=False)
     except Exception as err:  # its code may raise anything
+        if misc.is_out_of_memory(err):
+            raise
         raise ValueError(f'{path} cannot be read: {dnnlib.util.one_line(err, 200)}') from err
 
 
