@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import sampler_2nd
 from benchmarks import plots, solvers
 from comparison import peers
+from comparison.peers import installed
 
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -93,16 +94,18 @@ def format_table(title, results, evaluations):
 @click.option(
     '--rho', 'rhos', help='Time step exponent', metavar='FLOAT', type=float, multiple=True, default=[7.0, 3.0]
 )
+@click.option('--stochastic', help='Only samplers that add noise', is_flag=True)
 @solvers.noise_options
 @plots.option('work–precision diagrams')
-def main(spectra, rhos, plot_path, **noise):
+def main(spectra, rhos, stochastic, plot_path, **noise):
     """Print tables of the exact Fréchet distance times 1000.
 
     \b
     python benchmarks/gaussian_fd.py --plot=docs/gaussian-fd.png
     """
     samplers = solvers.rivals() | solvers.ours_with(**noise, scheme_of=solvers.linear)
-    for name in solvers.RIVALS.keys() - samplers.keys():
+    samplers = {name: each for name, each in samplers.items() if each.stochastic or not stochastic}
+    for name in solvers.PEERS.keys() - installed().keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}
     for spectrum in spectra:
