@@ -125,7 +125,7 @@ def options_in_effect(sampler: partial, guidance: float | None = None) -> dict[s
     parameters = inspect.signature(sampler.func).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     options = {**defaults, **sampler.keywords}
-    ends = {name: options[name] for name in sampler_2nd.EDM_LEVELS}
+    ends = {name: options.get(name) for name in sampler_2nd.EDM_LEVELS}
     if options.get('sigmas') is not None:
         options |= dict.fromkeys(ends)
     elif 'scheme' in options:

@@ -129,7 +129,7 @@ def test_defaults_of_the_samplers_are_those_of_edm(name):
     expected = {'class_labels': None, 'randn_like': torch.randn_like, 'num_steps': 18, 'rho': 7, 'callback': None}
     expected |= {'S_churn': 0, 'S_min': 0, 'S_max': math.inf, 'S_noise': 1}
     if name == 'edm_sampler':
-        expected |= {'sigma_min': 0.002, 'sigma_max': 80, 'init': None}
+        expected |= {'sigma_min': 0.002, 'sigma_max': 80, 'init': None, 'sigmas': None}
     else:
         expected |= {'sigma_min': None, 'sigma_max': None, 'solver': 'heun', 'discretization': 'edm', 'alpha': 1}
         expected |= {'schedule': 'linear', 'scaling': 'none', 'epsilon_s': 1e-3, 'C_1': 1e-3, 'C_2': 8e-3, 'M': 1000}

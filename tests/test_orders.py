@@ -91,3 +91,18 @@ def test_denoiser_of_the_rotated_mixture_is_the_gradient_of_its_log_density():
     density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(problem.weights), components)
     (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
     assert torch.allclose(problem(x, sigma), x + sigma**2 * score, atol=1e-12)
+
+
+def test_the_bound_on_a_change_of_D_vanishes_in_short_steps(monkeypatch):
+    """Of paths of one pixel, where it acts most: the largest difference that it makes falls to none at all."""
+    path = orders.Path(400, 1)
+
+    def solutions():
+        return [orders.solve('rk', 'mixture', path, steps) for steps in (8, 64, 1024)]
+
+    bounded = solutions()
+    monkeypatch.setattr(sampler_2nd, 'limited', lambda change, D, sigma, bound: change)
+    differences = [float((a - b).abs().max()) for a, b in zip(bounded, solutions(), strict=True)]
+    assert differences[0] > 0.05
+    assert differences[1] < 0.1 * differences[0]
+    assert differences[2] == 0

@@ -25,7 +25,7 @@ def net():
 def test_the_images_are_those_of_generate(net, scheme, batch, pixels):
     """generate.py has both images in one batch; apart they are rounded otherwise: in so many pixels, by one level."""
     problem = solver_error.Problem(net, SEEDS, rho=7, batch=batch)
-    sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, scheme=scheme)
+    sampler = partial(sampler_2nd.ito_taylor_sampler, num_steps=4, rho=7, scheme=scheme)
     classes, cpu = range(net.label_dim), torch.device('cpu')
     [(_, images)] = draw.generate_images(net, [SEEDS], sampler, cpu, classes, noise='path')
     mine, seconds = problem.solve(scheme, 4)
