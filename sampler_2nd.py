@@ -302,7 +302,7 @@ def tangent_weight(kappa, h):
     return 1 + h / 4 if kappa <= 1 else 1.0
 
 
-def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise, bound=0.25):
+def rk_step(denoise, x, past, sigma, sigma_next, kappa, noise, bound=0.35):
     """One evaluation, at a node inside the step, for κ < 3.
 
         x' = e^{−ah} x + w D(x_m; σ_m) + N,     x_m = g x + (1 − g) D̂ + (σ_m/σ')^a Z/w
