@@ -28,6 +28,7 @@ strong schemes of order 1.5; Montanari 2023 (arXiv 2305.10690) for the coordinat
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 import traceback
@@ -119,11 +120,8 @@ def ito_taylor_sampler(
     eta = usual_eta(property_of(net, 'guidance', 1)) if eta is None else eta
     chosen = choose_scheme(scheme, eta)
     check_noise_options(S_min, S_max, S_noise)
-    if sigmas is None:
-        ends = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
-        sigmas = noise_levels(net, num_steps, **complete_levels(ends, num_steps, chosen.few_steps))
-    else:
-        sigmas = given_levels(net, sigmas)
+    ends = complete_levels(sigma_min, sigma_max, rho, num_steps if chosen.few_steps else math.inf)
+    sigmas = noise_levels(net, num_steps, **ends) if sigmas is None else given_levels(net, sigmas)
     kappas = [eta**2 if S_min <= sigma <= S_max else 0.0 for sigma in sigmas[:-1]]
     x = first_state(latents.to(dtype or state_dtype(latents.device)), sigmas[0], init)
     return integrate(Denoiser(net, class_labels), x, sigmas, kappas, chosen, randn_like, S_noise, callback)
@@ -249,19 +247,18 @@ def levels_for_steps(num_steps):
 
     The last step leaves what D cannot see below sigma_min, the others the more the longer they are.
     """
-    if num_steps >= FEW_STEPS[-1][0]:
-        return EDM_LEVELS
-    above = next(i for i, row in enumerate(FEW_STEPS) if row[0] > num_steps)
-    low, high = FEW_STEPS[max(above - 1, 0)], FEW_STEPS[above]
-    share = math.log(max(num_steps, low[0]) / low[0]) / math.log(high[0] / low[0]) if above else 0.0
+    num_steps = min(max(num_steps, FEW_STEPS[0][0]), FEW_STEPS[-1][0])
+    low, high = next(pair for pair in itertools.pairwise(FEW_STEPS) if num_steps <= pair[1][0])
+    share = math.log(num_steps / low[0]) / math.log(high[0] / low[0])
     sigma_min, rho = (a ** (1 - share) * b**share for a, b in zip(low[1:], high[1:], strict=True))
     return EDM_LEVELS | {'sigma_min': sigma_min, 'rho': rho}
 
 
-def complete_levels(ends, num_steps, few_steps):
-    """sigma_min, sigma_max and rho, with what is None filled in: EDM's, or all three as the steps are few."""
+def complete_levels(sigma_min, sigma_max, rho, num_steps):
+    """The three by name: where all are None those for so many steps, where some are EDM's."""
+    ends = {'sigma_min': sigma_min, 'sigma_max': sigma_max, 'rho': rho}
     given = {name: value for name, value in ends.items() if value is not None}
-    return (levels_for_steps(num_steps) if few_steps and not given else EDM_LEVELS) | given
+    return EDM_LEVELS | given if given else levels_for_steps(num_steps)
 
 
 # ----------------------------------------------------------------------------

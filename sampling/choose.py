@@ -130,7 +130,7 @@ def options_in_effect(sampler: partial, guidance: float | None = None) -> dict[s
         options |= dict.fromkeys(ends)
     elif 'scheme' in options:
         few_steps = sampler_2nd.choose_scheme(options['scheme'], 0).few_steps
-        options |= sampler_2nd.complete_levels(ends, options['num_steps'], few_steps)
+        options |= sampler_2nd.complete_levels(**ends, num_steps=options['num_steps'] if few_steps else math.inf)
     if 'eta' in options and options['eta'] is None:
         options['eta'] = sampler_2nd.usual_eta(guidance or 1)
     return {
