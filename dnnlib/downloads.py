@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, overload
 from urllib.parse import unquote, urlsplit
 
-import filelock
-import pooch
-import requests
-
-from .fetch import Fetch, no_file, reason
 from .published import PUBLISHED
 from .text import one_line, printable
+
+# requests, pooch and filelock take longer to import than all else here, so what downloads imports them.
 
 # The cache.
 
@@ -215,6 +212,10 @@ def _local_path(url: str) -> str | None:
 
 def _cached(url: str, cache_dir: str, num_attempts: int, verbose: bool, sha256: str | None) -> Path:
     """The file in the cache, downloaded if it is not there, by one process at a time."""
+    import filelock
+
+    from .fetch import no_file
+
     found = _find_cached(cache_dir, url)
     if found is None:
         os.makedirs(cache_dir, exist_ok=True)
@@ -235,13 +236,21 @@ def _cached(url: str, cache_dir: str, num_attempts: int, verbose: bool, sha256: 
 
 
 def _check_hash(path: str | os.PathLike, sha256: str | None, name: str) -> None:
-    found = None if sha256 is None else pooch.file_hash(os.fspath(path), 'sha256')
+    if sha256 is None:
+        return
+    import pooch
+
+    found = pooch.file_hash(os.fspath(path), 'sha256')
     if found != sha256:
         raise OSError(f'cannot use {printable(name)}: its SHA-256 is {found}, not {sha256}')
 
 
 def _download(url: str, folder: str, num_attempts: int, verbose: bool, sha256: str | None) -> Path:
     """Download into the folder, under the name that the server sends, else that of the URL."""
+    import pooch
+    import requests
+
+    from .fetch import Fetch, no_file, reason
 
     def check(path: str) -> None:
         wrong = no_file(path)
