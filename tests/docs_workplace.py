@@ -38,6 +38,7 @@ OWN = {
     'ckpts/edm-mnist-32x32-cond-vp.pkl': (networks.EDMPrecond, 32, 1, 10, SONG),
     'training-runs/digits/network-snapshot-000100.pkl': (networks.VEPrecond, 16, 1, 0, SONG),
     'training-runs/photos/network-snapshot-000500.pkl': (networks.EDMPrecond, 32, 3, 0, SONG),
+    'my.pkl': (networks.EDMPrecond, 32, 3, 0, SONG),
 }
 REFERENCES = {
     'served/edm/fid-refs/cifar10-32x32.npz': 32,

@@ -174,6 +174,8 @@ RULES = [
     Rule(r'benchmarks/killed_run\.py.*', smaller='--num=48 --kills=1 --batch=8', slow=True),
     Rule(r'benchmarks/write_images\.py.*', smaller='--num=2 --repeats=1 --ms=20', slow=True),
     Rule(r'benchmarks/mixture\.py .*', smaller='--paths=4', slow=True, needs='matplotlib'),
+    Rule(r'tune\.py .*', smaller='--device=cpu'),
+    Rule(r'benchmarks/few_steps\.py.*', smaller='--num=100', slow=True, needs='sklearn'),
     Rule(r'benchmarks/kernel_density\.py.*', smaller='--num=100 --sets=2 --evaluations=12', slow=True),
     Rule(r'benchmarks/same_picture\.py.*', smaller=f'--network={TINY} --seeds=0 --sheet=sheet.png', slow=True),
     Rule(

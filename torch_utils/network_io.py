@@ -245,7 +245,9 @@ def build(stored: StoredNetwork) -> torch.nn.Module:
         if misc.is_out_of_memory(err):
             raise
         built_in = NETWORK_CLASSES[stored.class_name]
-        raise NetworkFileError(f'this {stored.class_name} differs from the built-in one, {built_in} ({err})') from None
+        raise NetworkFileError(
+            f'this {stored.class_name} differs from the built-in one, {built_in} ({dnnlib.util.one_line(err)})'
+        ) from None
     return net
 
 
