@@ -7,6 +7,7 @@ constant. The last level comes out by itself: there m has fallen to m₀/N⁴, a
 docs/method.md measures.
 """
 
+import inspect
 import math
 import os
 import re
@@ -42,15 +43,14 @@ class LossCurve(NamedTuple):
         `rk` has without a curve is not.
         """
         z = np.minimum.accumulate(np.array(self.losses)) ** 0.25
-        ends = z[0], max(z[0] / num_steps, z[-1])
-        wanted = np.linspace(*ends, num_steps)
+        wanted = np.linspace(z[0], max(z[0] / num_steps, z[-1]), num_steps)
         # Of levels with equal m, the lowest: from there on D changes.
         distinct = np.append(z[1:] < z[:-1], True)
         made = np.exp(np.interp(-wanted, -z[distinct], np.log(self.sigmas)[distinct]))
         made[0] = self.sigmas[0]
         if guided and num_steps > 1:
-            usual = sampler_2nd.noise_levels(None, num_steps, **sampler_2nd.levels_for_steps(num_steps))[:-1]
-            made = np.sqrt(made * usual)
+            ends = sampler_2nd.levels_for_steps(num_steps) | {'sigma_max': self.sigmas[0]}
+            made = np.sqrt(made * sampler_2nd.noise_levels(None, num_steps, **ends)[:-1])
         return [float(level) for level in made]
 
     def save(self, path: str, **how: Any) -> None:
@@ -164,9 +164,10 @@ def choose_levels(chosen: Any, sampler: partial, net: Any, network: str, guidanc
             dist.print0(f'Warning: {beside(network)} belongs to another network; tune.py makes one for this')
             return sampler
         dist.print0(f'Noise levels from {beside(network)}')
-    elif own or 'discretization' in sampler.keywords:
-        option = min(own, default='disc')
-        raise click.UsageError(f'--levels and --{option} exclude each other')
+    elif own:
+        raise click.UsageError(f'--levels and --{min(own)} exclude each other')
+    elif 'sigmas' not in inspect.signature(sampler.func).parameters:
+        raise click.UsageError('--levels is not for --sampler=ablation, whose levels follow from --disc')
     if chosen == 'edm':
         return partial(sampler, **sampler_2nd.EDM_LEVELS)
     if isinstance(chosen, LossCurve):

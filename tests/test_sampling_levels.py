@@ -71,6 +71,13 @@ def test_under_guidance_they_are_the_geometric_mean_with_the_usual_ones():
     assert DIGITS.levels(8, guided=True) == pytest.approx(wanted)
 
 
+def test_under_guidance_no_level_is_above_those_of_the_network():
+    low = levels.LossCurve((20, 1, 0.01), (1.0, 0.3, 1e-9))
+    made = low.levels(6, guided=True)
+    assert made[0] == pytest.approx(20)
+    assert (np.diff(made) < 0).all()
+
+
 def test_the_curve_of_a_gaussian_denoiser():
     """E|D − x₀|² = s²σ²/(s² + σ²), within four standard errors of 4,096 pixels."""
     images = 0.5 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -160,6 +167,8 @@ def test_levels_of_a_run(tmp_path, capsys):
 def test_levels_that_contradict_other_options():
     with pytest.raises(click.UsageError, match=r'--levels and --rho exclude each other'):
         chosen('edm', num_steps=8, rho=3)
+    with pytest.raises(click.UsageError, match='ablation'):
+        chosen([80.0, 1.0], 'ablation', num_steps=2)
     with pytest.raises(click.UsageError, match=r'--levels has 2 levels.*--steps=2'):
         chosen([80.0, 1.0], num_steps=8)
 
