@@ -17,7 +17,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import sampler_2nd
 from benchmarks import plots, solvers
 from comparison import peers
-from comparison.peers import installed
 
 EVALUATIONS = (12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -105,7 +104,7 @@ def main(spectra, rhos, stochastic, plot_path, **noise):
     """
     samplers = solvers.rivals() | solvers.ours_with(**noise, scheme_of=solvers.linear)
     samplers = {name: each for name, each in samplers.items() if each.stochastic or not stochastic}
-    for name in solvers.PEERS.keys() - installed().keys():
+    for name in peers.PEERS.keys() - peers.installed().keys():
         click.echo(f'{name}: not installed, left out ({peers.INSTALL})', err=True)
     tables = {}
     for spectrum in spectra:
